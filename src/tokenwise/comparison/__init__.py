@@ -1,0 +1,1 @@
+"""compare: the same model and data, many methods, equal budgets, honest costs, one answer."""

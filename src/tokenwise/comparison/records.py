@@ -1,0 +1,174 @@
+"""What a comparison writes down: jobs, results, and their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's worth of work: train one method with one seed, or train a reference model.
+
+    Everything that decides the outcome is in here as plain JSON values, so that `key` can name the result.
+
+    Args:
+        kind: a ``run`` that is compared, or the training of a ``reference`` model.
+        label: the method's (or reference's) name in this comparison, unique within it.
+        seed: seed of the initial weights, the data order and the method.
+        method: what to train with, as `Method.spec` gives it; a reference trains uniformly.
+        role: a ``baseline``, a ``control`` (random choice at the same budget) or a ``candidate``.
+        task: the resolved task: model, tokenizer, data paths, sequence length, training settings.
+        budget: ``{"unit": ..., "amount": ...}``.
+        reference: name of the reference this job waits for, or None.
+        inputs: fingerprints of what the job reads (data, model, own code) and of the package versions.
+    """
+
+    kind: Literal["run", "reference"]
+    label: str
+    seed: int
+    method: dict[str, Any]
+    role: Literal["baseline", "control", "candidate"]
+    task: dict[str, Any]
+    budget: dict[str, Any]
+    reference: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A name for the result that changes whenever anything that decides it changes. Labels and roles do not."""
+        decisive = {name: value for name, value in asdict(self).items() if name not in ("label", "role")}
+        text = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@dataclass
+class Costs:
+    """What a run consumed. None means "not measured", never zero.
+
+    Args:
+        flops: of the training steps, forward and backward, the method's own scoring included; evaluation excluded.
+        wall_seconds: training time, evaluation and loading excluded.
+        peak_memory_bytes: high-water mark of the process while training, minus nothing.
+        tokens_seen: labels that went through the forward pass.
+        tokens_trained: labels with a weight other than zero.
+        steps: optimizer steps.
+        seconds_comparable: whether nothing else ran beside it that this comparison started.
+    """
+
+    flops: float | None = None
+    wall_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    tokens_seen: int | None = None
+    tokens_trained: int | None = None
+    steps: int | None = None
+    seconds_comparable: bool = True
+
+
+@dataclass
+class Quality:
+    """Held-out loss, always unweighted, per held-out document.
+
+    Args:
+        nll: summed negative log-likelihood of each document, in nats.
+        tokens: labels of each document.
+        bytes: UTF-8 bytes of each document that these labels cover.
+    """
+
+    nll: list[float]
+    tokens: list[int]
+    bytes: list[int]
+
+    @property
+    def nats_per_token(self) -> float:
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.nll) / sum(self.bytes) / 0.6931471805599453
+
+
+@dataclass
+class Point:
+    """One evaluation on the way: the share of the budget spent, costs so far, and the losses in nats per token.
+
+    `held_out` is taken on the same documents every time (all of them, or the first ones up to a fixed number of
+    tokens); `train` is the mean unweighted training loss since the point before.
+    """
+
+    share: float
+    tokens_seen: int
+    tokens_trained: int
+    flops: float | None
+    wall_seconds: float
+    held_out: float
+    train: float | None = None
+
+
+@dataclass
+class Result:
+    """The outcome of one job.
+
+    Args:
+        job: the job itself.
+        status: ``finished``, or ``failed`` with a `reason` in one sentence.
+        quality: None when failed.
+        costs: of this job alone.
+        reference_costs: what training the reference cost (charged to each run that uses it); None without one.
+        curve: evaluations on the way, in order.
+        weights: mean weight, effective sample size as a share, kept share: means over training.
+        example: one held-out piece of text as the trained method sees it: ``{"tokens": [...], "weights": [...]}``,
+            the first token (which has no prediction) with weight None.
+        model_dir: where the trained model lies, relative to the comparison's folder.
+        versions: package versions, machine, threads.
+    """
+
+    job: Job
+    status: Literal["finished", "failed"]
+    reason: str = ""
+    quality: Quality | None = None
+    costs: Costs = field(default_factory=Costs)
+    reference_costs: Costs | None = None
+    curve: list[Point] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+    example: dict[str, list[Any]] | None = None
+    model_dir: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, whole or not at all. NaN and infinity are kept as such."""
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Read what `write` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["job"] = Job(**values["job"])
+        values["costs"] = Costs(**values["costs"])
+        if values["quality"] is not None:
+            values["quality"] = Quality(**values["quality"])
+        if values["reference_costs"] is not None:
+            values["reference_costs"] = Costs(**values["reference_costs"])
+        values["curve"] = [Point(**point) for point in values["curve"]]
+        return cls(**values)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old content or the new, and a kill leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

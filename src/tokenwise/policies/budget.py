@@ -1,0 +1,60 @@
+"""How much stays: shares and amounts, in one notation for every family."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+_AMOUNT = re.compile(r"\s*(\d[\d_]*)\s*(tokens?)\s*")
+
+
+def parse_keep(value: object) -> float | str:
+    """Check a `keep` as users write it and return its canonical form.
+
+    Args:
+        value: a share in (0, 1] (a float, or the integer 1), or an amount: ``"128 tokens"``.
+
+    Returns:
+        The share as float, or the amount as ``"<count> tokens"``.
+
+    Raises:
+        ValueError: for anything else, with the fix.
+    """
+    if isinstance(value, str):
+        amount = _AMOUNT.fullmatch(value)
+        if amount and int(amount[1]) > 0:
+            return f"{int(amount[1])} tokens"
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError('is not an amount; write a share such as 0.5, or "128 tokens"') from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError('is not a share; write a number above 0 and at most 1, or "128 tokens"')
+    if isinstance(value, int) and value > 1:
+        raise ValueError(f'is not a share (a whole number is ambiguous); write "{value} tokens", or a share up to 1')
+    if not 0 < value <= 1:
+        raise ValueError("is not a share; it must be above 0 and at most 1 (what stays, not what goes)")
+    return float(value)
+
+
+Keep = Annotated[
+    float | str,
+    BeforeValidator(parse_keep),
+    Field(json_schema_extra={"range": 'a share in (0, 1], or "N tokens"'}),
+]
+"""The type of a `keep` field."""
+
+
+def kept_count(keep: float | str, available: int) -> int:
+    """How many of `available` units stay under `keep`.
+
+    A share rounds half up and keeps at least one unit; an amount is capped by what there is. Returns an int in
+    [0, available], 0 only when nothing is available.
+    """
+    if available <= 0:
+        return 0
+    count = int(keep.split()[0]) if isinstance(keep, str) else math.floor(keep * available + 0.5)
+    return min(max(count, 1), available)

@@ -1,0 +1,1 @@
+"""Weighting: spend the gradient on the tokens and samples that matter."""

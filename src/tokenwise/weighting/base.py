@@ -1,0 +1,132 @@
+"""The two kinds of token weighters, and what they get to see."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from tokenwise.method import Method
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Scope = Literal["sequence", "micro_batch", "step"]
+"""Within which tokens a policy ranks or normalises: one sequence, one micro-batch of one process, or the whole
+optimizer step over all micro-batches and processes (the only one besides ``sequence`` whose result does not depend on
+how the batch is split)."""
+
+Reduction = Literal["token_mean", "weight_mean", "nonzero_mean", "sequence_mean"]
+"""What the weighted sum is divided by, over the whole optimizer step: the number of labels, the sum of the weights, the
+number of labels with a weight other than zero, or (after dividing by each sequence's length) the number of sequences."""
+
+
+@dataclass
+class TokenBatch:
+    """The tokens that have a label, one row each: no padding, no ignored positions, any batch layout.
+
+    Every tensor has shape [tokens]; index t speaks of the same label everywhere. Only what the method names in
+    `reads` is filled, the rest is None.
+
+    Args:
+        labels: label ids, int64.
+        sequence: which sequence each token belongs to, int64, numbered 0 to `sequences` - 1 in order.
+        sequences: how many sequences there are.
+        step: optimizer steps finished before this one.
+        nll: negative log-likelihood of the label under the current model, in nats, fp32.
+        entropy: entropy of the current model's next-token distribution, in nats, fp32.
+        reference_nll: as `nll`, under the method's reference model.
+        loss_weights: the data's own column of weights, fp32.
+    """
+
+    labels: Tensor
+    sequence: Tensor
+    sequences: int
+    step: int = 0
+    nll: Tensor | None = None
+    entropy: Tensor | None = None
+    reference_nll: Tensor | None = None
+    loss_weights: Tensor | None = None
+
+    def groups(self, scope: Scope) -> Tensor | None:
+        """The group of each token under `scope`: its sequence, or None where all tokens here are one group.
+
+        A method of scope ``step`` is handed the tokens of the whole step, so both wider scopes are one group.
+        """
+        return self.sequence if scope == "sequence" else None
+
+
+class State(Protocol):
+    """What a run of a method accumulates; saved with every checkpoint and restored on resume."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to save, by name."""
+        ...
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `tensors` gave."""
+        ...
+
+
+@dataclass
+class Run:
+    """What a method may know of the training run it starts in.
+
+    Args:
+        seed: seed of the run.
+        rank: index of this process among the data-parallel ones.
+        device: where the model is.
+        reference_nll: fills `TokenBatch.reference_nll` when the method reads it; None while no reference is loaded.
+    """
+
+    seed: int = 0
+    rank: int = 0
+    device: torch.device | str = "cpu"
+    reference_nll: Callable[..., Tensor] | None = field(default=None, repr=False)
+
+
+class TokenWeighter(Method):
+    """Gives every labelled token a detached weight of at least zero; the loss is then the weighted cross-entropy.
+
+    A subclass sets `reads`, `reduction` and `weights`. A field or class variable `scope` says within which tokens
+    the weights are formed; the framework hands `weights` exactly these tokens (for ``sequence``, a batch of whole
+    sequences).
+    """
+
+    family: ClassVar[str] = "weighting"
+    traits: ClassVar[tuple[str, ...]] = ("reads", "reduction", "selects", "kind")
+    kind: ClassVar[str] = "weights"
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Which of ``nll``, ``entropy``, ``reference_nll`` and ``loss_weights`` the weights are made from."""
+    reduction: ClassVar[Reduction] = "token_mean"
+    selects: ClassVar[bool] = False
+    """Whether the weights are 0 or 1, so that a random choice of as many is a fair control."""
+
+    def start(self, run: Run) -> State | None:
+        """The state of a new run; None for methods that accumulate nothing."""
+        return None
+
+    @abstractmethod
+    def weights(self, batch: TokenBatch, state: State | None) -> Tensor:
+        """Weights of the tokens, shape [tokens], fp32, at least 0, without gradient."""
+
+
+class PointwiseWeighter(TokenWeighter):
+    """A weighter whose loss is a function of one token's own statistics: it runs inside the fused loss, in one pass."""
+
+    kind: ClassVar[str] = "pointwise"
+    scope: ClassVar[str] = "token"
+    reads: ClassVar[frozenset[str]] = frozenset({"nll"})
+
+    @abstractmethod
+    def pointwise(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """The loss of each token and its derivative with respect to the token's `nll`, both of shape [tokens].
+
+        A detached weight w(nll) gives (w * nll, w).
+        """
+
+    def weights(self, batch: TokenBatch, state: State | None = None) -> Tensor:
+        """The weight each token's gradient gets: the derivative of its loss with respect to its nll."""
+        return self.pointwise(batch)[1]
