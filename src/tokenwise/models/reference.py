@@ -26,7 +26,8 @@ class ReferenceModel:
     """
 
     def __init__(self, path: str, model: PreTrainedModel):
-        self.model = load_model(path, "reference", dtype=model.dtype).to(model.device).eval().requires_grad_(False)
+        self.model: PreTrainedModel = load_model(path, "reference").eval().requires_grad_(False)
+        torch.nn.Module.to(self.model, model.device, model.dtype)
         ours = output_head(model).vocabulary
         theirs = output_head(self.model).vocabulary
         if ours != theirs:
