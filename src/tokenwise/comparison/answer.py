@@ -114,7 +114,8 @@ class Conclusion:
     @property
     def seconds_comparable(self) -> bool:
         """Whether no run had another beside it while it was timed."""
-        return all(row.costs.seconds_comparable for row in self.rows)
+        costs = [cost for row in self.rows for cost in (row.costs, row.reference_costs) if cost is not None]
+        return all(cost.seconds_comparable for cost in costs)
 
 
 def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conclusion:
@@ -270,13 +271,14 @@ def _mean_costs(costs: list[Costs]) -> Costs:
 
 def _relative(name: str, costs: Costs, reference: Costs | None, baseline: Costs) -> float | None:
     parts = [costs] if reference is None else [costs, reference]
-    values = [getattr(part, name) for part in parts]
-    unit = getattr(baseline, name)
-    if not unit or None in values:
+    values: list[float | None] = [getattr(part, name) for part in parts]
+    known = [value for value in values if value is not None]
+    unit: float | None = getattr(baseline, name)
+    if not unit or len(known) < len(values):
         return None
     if name == "wall_seconds" and not all(part.seconds_comparable for part in (*parts, baseline)):
         return None
-    return sum(values) / unit
+    return sum(known) / unit
 
 
 def _notes(rows: Sequence[Row], level: float, compared: int, documents: int, planned: int) -> list[str]:
@@ -286,8 +288,8 @@ def _notes(rows: Sequence[Row], level: float, compared: int, documents: int, pla
     notes = []
     if compared > 1:
         notes.append(
-            f"Each interval is at {level:.1%}, so that with {compared} methods compared all of them hold together "
-            f"at {LEVEL:.0%} (Bonferroni)."
+            f"Each interval is at {level:.1%}, which makes {LEVEL:.0%} for the {compared} methods compared together "
+            "(Bonferroni)."
         )
     if all(row.versus_baseline.seeds == 1 for row in rows if row.versus_baseline):
         notes.append("With one seed only the held-out documents are resampled: nothing is known of other seeds.")

@@ -27,12 +27,12 @@ def print_conclusion(conclusion: Conclusion, console: Console) -> None:
 
 
 def _table(conclusion: Conclusion) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("method", overflow="fold", max_width=18)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold", max_width=20)
     table.add_column("nats/token", no_wrap=True)
     table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
-    table.add_column("time", justify="right", max_width=12)
+    table.add_column("time", justify="right", max_width=14)
     table.add_column("memory", justify="right", no_wrap=True)
     table.add_column("runs", justify="right", no_wrap=True)
     for row in conclusion.rows:
@@ -72,7 +72,7 @@ def _interval(interval: Interval, decimals: int) -> str:
 def _flops(row: Row) -> str:
     own = "–" if row.costs.flops is None else amount(row.costs.flops)
     if row.reference_costs is not None:
-        own += "\n+ ref. " + ("–" if row.reference_costs.flops is None else amount(row.reference_costs.flops))
+        own += "\n+ ref " + ("–" if row.reference_costs.flops is None else amount(row.reference_costs.flops))
     return own if row.relative_flops is None else f"{own}\n= {ratio(row.relative_flops)}"
 
 
@@ -83,4 +83,4 @@ def _seconds(row: Row) -> str:
         return "not comparable"
     own = duration(row.costs.wall_seconds)
     reference = row.reference_costs.wall_seconds if row.reference_costs else None
-    return own if reference is None else f"{own}\n+ ref. {duration(reference)}"
+    return own if reference is None else f"{own}\n+ ref {duration(reference)}"
