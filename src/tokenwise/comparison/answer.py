@@ -174,21 +174,6 @@ def _row(group: list[Result], groups: dict[str, list[Result]], baseline: str, le
     versus_baseline = None if job.label == baseline else _difference(group, groups.get(baseline, []), level)
     versus_control = _difference(group, groups.get(job.control, []), level) if job.control is not None else None
     costs, reference_costs = _own_costs(group), _reference_costs(group)
-    verdict: Verdict
-    if not finished:
-        verdict = "failed"
-    elif not math.isfinite(sum(losses)):
-        verdict = "not finite"
-    elif job.label == baseline:
-        verdict = "baseline"
-    elif versus_baseline is None or not versus_baseline.finite:
-        verdict = "not comparable"
-    elif versus_baseline.below_zero:
-        verdict = "better"
-    elif versus_baseline.above_zero:
-        verdict = "worse"
-    else:
-        verdict = "no difference"
     baseline_costs = _own_costs(groups.get(baseline, []))
     return Row(
         label=job.label,
@@ -204,13 +189,27 @@ def _row(group: list[Result], groups: dict[str, list[Result]], baseline: str, le
         versus_baseline=versus_baseline,
         control=job.control,
         versus_control=versus_control,
-        verdict=verdict,
+        verdict=_verdict(losses, job.label == baseline, versus_baseline),
         costs=costs,
         reference_costs=reference_costs,
         relative_flops=_relative("flops", costs, reference_costs, baseline_costs),
         relative_seconds=_relative("wall_seconds", costs, reference_costs, baseline_costs),
         failures=tuple(_failure(result) for result in group if result.status == "failed"),
     )
+
+
+def _verdict(losses: list[float], is_baseline: bool, interval: Interval | None) -> Verdict:
+    if not losses:
+        return "failed"
+    if not math.isfinite(sum(losses)):
+        return "not finite"
+    if is_baseline:
+        return "baseline"
+    if interval is None or not interval.finite:
+        return "not comparable"
+    if interval.below_zero:
+        return "better"
+    return "worse" if interval.above_zero else "no difference"
 
 
 def _failure(result: Result) -> Failure:
@@ -232,7 +231,8 @@ def _difference(group: list[Result], others: list[Result], level: float) -> Inte
 
 
 def _qualities(group: list[Result]) -> dict[int, Quality]:
-    return {result.job.seed: result.quality for result in group if result.quality is not None}
+    finished = (result for result in group if result.status == "finished")
+    return {result.job.seed: result.quality for result in finished if result.quality is not None}
 
 
 def _own_costs(group: list[Result]) -> Costs:
