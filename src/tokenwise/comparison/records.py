@@ -27,6 +27,7 @@ class Job:
         budget: ``{"unit": ..., "amount": ...}``.
         reference: name of the reference this job waits for, or None.
         inputs: fingerprints of what the job reads (data, model, own code) and of the package versions.
+        control: label of the random choice at the same budget that this method must also beat, or None.
     """
 
     kind: Literal["run", "reference"]
@@ -38,11 +39,12 @@ class Job:
     budget: dict[str, Any]
     reference: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    control: str | None = None
 
     @property
     def key(self) -> str:
         """A name for the result that changes whenever anything that decides it changes. Labels and roles do not."""
-        decisive = {name: value for name, value in asdict(self).items() if name not in ("label", "role")}
+        decisive = {name: value for name, value in asdict(self).items() if name not in ("label", "role", "control")}
         text = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
