@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -50,9 +51,8 @@ def locate(name: str | Path, folder: Path | None = None, field: str = "model", w
     try:
         return Path(snapshot_download(str(name), allow_patterns=files, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        message = (
-            f"there is no directory {str(path)!r}, and no hub model {str(name)!r} within reach ({_one_line(error)})."
-        )
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        message = f"there is no directory {str(path)!r}, and no hub model {str(name)!r} within reach ({reason})."
         similar = missing_file(field, path).fix
         download = f"Download it where there is a network and write its local directory, such as ./{path.name}."
         fix = similar if similar.startswith("Did you mean") else download
@@ -146,10 +146,12 @@ def make_config(
         values = {"vocab_size": largest_id(tokenizer) + 1, **filled, **values}
     try:
         config = config_class(**values)
+        _check_causal(config, field)
         count_parameters(config)
+    except InputError:
+        raise
     except Exception as error:  # the config and model classes raise errors of many kinds of their own
         raise InputError(Problem(field, f"no model can be made from it: {_one_line(error)}.")) from error
-    _check_causal(config, field)
     if tokenizer is not None:
         check_tokenizer_fits(config, tokenizer, f"{field}.vocab_size")
     return config
@@ -160,7 +162,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
     import torch
 
     with torch.device("meta"):
-        return int(_auto_model().from_config(config).num_parameters())
+        return int(_auto_model().from_config(copy.deepcopy(config)).num_parameters())
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
