@@ -89,7 +89,7 @@ class Plan:
             for name, reference in self.references.items():
                 if reference.model is not None:
                     with collect(problems):
-                        load.check_same_vocabulary(tokenizer, reference.model, f"references.{name}")
+                        load.check_same_vocabulary(tokenizer, reference.model, f"reference {name}")
         if problems:
             raise InputError(problems)
 
@@ -299,7 +299,7 @@ def read_plan(path: Path | str) -> Plan:
             for name, reference in references.items():
                 if reference.model is not None:
                     with collect(problems):
-                        load.check_same_vocabulary(tokenizer, reference.model, f"references.{name}")
+                        load.check_same_vocabulary(tokenizer, reference.model, f"reference {name}")
     entries = make_entries(listed, values.get("baseline", "uniform"), problems)
     if problems or task is None or budget is None:
         raise InputError(problems)

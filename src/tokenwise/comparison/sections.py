@@ -334,6 +334,8 @@ def problems_of(error: ValidationError, kind: Any, where: str) -> Iterator[Probl
         elif item["type"] in ("model_type", "dict_type"):
             keys = getattr(_owner(kind, [*location, ""]), "model_fields", {})
             yield Problem(field, f"{shorten(value)} is not a mapping.", f"Its keys: {', '.join(keys)}." if keys else "")
+        elif item["type"] == "too_short":
+            yield Problem(field, "is an empty list.")
         elif item["type"].startswith("int_"):
             yield Problem(field, f"{shorten(value)} is not a whole number.")
         elif item["type"].startswith("float_"):
