@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
 
@@ -65,18 +65,25 @@ def _grouped_matrix_product(left: Shape, right: Shape, offsets: Shape | None = N
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, _with_heads_of(query, key), _with_heads_of(query, value))
+    scores, mixing = _attention_products(query, key, value)
+    return scores + mixing
 
 
 def _attention_backward(
     output_gradient: Shape, query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any
 ) -> int:
-    return sdpa_backward_flop_count(output_gradient, query, _with_heads_of(query, key), _with_heads_of(query, value))
+    # The scores once more; the gradients of query and key; those of the attention weights and of the values.
+    scores, mixing = _attention_products(query, key, value)
+    return 3 * scores + 2 * mixing
 
 
-def _with_heads_of(query: Shape, other: Shape) -> Shape:
-    """Shape of keys or values [batch, heads, tokens, width] once grouped heads are repeated for each query head."""
-    return torch.Size((other[0], query[1], *other[2:]))
+def _attention_products(query: Shape, key: Shape, value: Shape) -> tuple[int, int]:
+    """Operations of query x key and of weights x value; shapes are [batch, heads, tokens, width].
+
+    Key and value may have fewer heads than the query: each then serves several.
+    """
+    pairs = query[0] * query[1] * query[2] * key[2]
+    return 2 * pairs * query[3], 2 * pairs * value[3]
 
 
 _UNCOUNTED_BY_TORCH: dict[Any, Callable[..., int]] = {
