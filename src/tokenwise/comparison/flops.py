@@ -29,7 +29,7 @@ class FlopMeter(FlopCounterMode):
     @property
     def flops(self) -> int:
         """Operations counted so far."""
-        return self.get_total_flops()
+        return int(self.get_total_flops())
 
 
 # Every formula gets the shapes of the operator's tensors in the place of the tensors.

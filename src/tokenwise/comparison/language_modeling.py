@@ -10,13 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -26,19 +28,18 @@ from transformers import (
 )
 
 from tokenwise import catalog
-from tokenwise.comparison.data import Window, held_out_windows, read_documents, token_blocks
+from tokenwise.comparison.data import Windows
 from tokenwise.comparison.flops import FlopMeter
-from tokenwise.comparison.memory import PeakMemory
-from tokenwise.comparison.records import Costs, Job, Point, Quality, Result
-from tokenwise.method import Handle, Method
+from tokenwise.comparison.held_out import HeldOut
+from tokenwise.comparison.records import Job, Point, Result
+from tokenwise.comparison.spending import Spending, learning_rate_factor
 from tokenwise.models.load import load_tokenizer, make_or_load_model
-from tokenwise.weighting.apply import weigh
+from tokenwise.weighting.apply import token_weights, weigh
+from tokenwise.weighting.base import TokenWeighter
 
-CURVE_TOKENS = 20_000
-"""Evaluations on the way use the first held-out windows up to this many labels; the last one uses all."""
-_LOGITS_AT_ONCE = 2**24
+EXAMPLE_TOKENS = 100
+_PROGRESS_SECONDS = 0.5
 _ENDLESS = 2**40
-PROGRESS_SECONDS = 0.5
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -50,248 +51,85 @@ class RunFailed(RuntimeError):
 def run(job: Job, folder: Path, progress: Progress) -> Result:
     """Train the job's model with the job's method until its budget is spent.
 
-    The initial weights and the order of the data depend on the job's seed alone, never on its method.
+    The initial weights and the order of the data depend on the job's seed alone, never on its method. Evaluations
+    count towards no cost.
 
     Args:
-        job: of which `task` says what to train on; a method's reference must be a folder by now.
+        job: of which `task` says what to train on.
         folder: gets the trained model and its tokenizer, in ``model``.
         progress: called with ``{"event": "progress", "share": ..., "loss": ..., "seconds": ...}``.
 
     Raises:
-        RunFailed: when a loss is not a finite number.
+        RunFailed: as soon as a loss is not a finite number.
     """
     task, training = job.task, job.task["training"]
     tokenizer = load_tokenizer(task["tokenizer"])
-    length = task["sequence_length"]
-    blocks = token_blocks(read_documents(task["train"], task["text_field"]), tokenizer, length)
-    held_out = HeldOut(held_out_windows(read_documents(task["eval"], task["text_field"]), tokenizer, length), training)
+    blocks = np.load(task["train_blocks"], mmap_mode="r")
+    windows = Windows.load(task["held_out_windows"])
+    method = _method(job)
     model = make_or_load_model(task["model"], job.seed, tokenizer)
     use_cache = model.config.use_cache
-    method = catalog.build(job.method)
 
-    def new_trainer(**arguments: Any) -> Trainer:
-        return _trainer(model, _EndlessBlocks(blocks, job.seed), training, job.seed, folder, **arguments)
+    def new_trainer(max_steps: int) -> Trainer:
+        return _trainer(model, _EndlessBlocks(blocks, job.seed), training, job.seed, folder, max_steps)
 
-    flops_per_step = _flops_of_one_step(new_trainer(max_steps=1), method)
-    trainer = new_trainer(max_steps=_ENDLESS)
+    flops_per_step = _flops_of_one_step(new_trainer(1), method)
+    trainer = new_trainer(_ENDLESS)
+    held_out = HeldOut(windows, training["precision"])
     with weigh(trainer, method) as handle:
-        meter = Meter(job.budget, flops_per_step, handle.stats, model.device)
-        trainer.create_optimizer()
-        trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda _: learning_rate_factor(meter.share, training))
-        course = _Course(meter, model, held_out, training["evaluations"], progress)
+        spending = Spending(job.budget, flops_per_step, handle.stats, model.device)
+        optimizer = trainer.create_optimizer()
+        trainer.lr_scheduler = LambdaLR(
+            optimizer, lambda _: learning_rate_factor(spending.share, training["warmup"], training["schedule"])
+        )
+        course = _Course(spending, model, held_out, training["evaluations"], progress)
         trainer.add_callback(course)
         trainer.train()
-        weights = _summary(handle)
+        weights = {name: handle.stats[name] for name in ("mean_weight", "effective_sample_size", "kept_share")}
 
     losses = held_out.losses(model)
-    if training["evaluations"]:
-        course.add_point(held_out.start_of(losses))
-    model.config.use_cache = use_cache  # the Trainer turned it off
+    _check_finite("held-out", float(losses.sum()), spending)
+    course.add_point(held_out.start_of(losses))
+    model.config.use_cache = use_cache  # the Trainer has turned it off
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return Result(
         job=job,
         status="finished",
         quality=held_out.quality(losses),
-        costs=meter.costs(),
+        costs=spending.costs(),
         curve=course.curve,
         weights=weights,
-        model_dir="model",
+        example=_example(model, method, tokenizer, windows, job.seed) if job.kind == "run" else None,
         versions=_versions(model.device),
     )
 
 
-class Meter:
-    """What a run has spent so far, and which share of its budget that is.
-
-    Time and memory are measured between `resume` and `pause` only.
-
-    Args:
-        budget: ``{"unit": "steps" | "tokens_seen" | "tokens_trained" | "flops", "amount": ...}``.
-        flops_per_step: of one optimizer step.
-        stats: where ``tokens_seen`` and ``tokens_trained`` are being counted.
-        device: where the model is.
-    """
-
-    def __init__(
-        self, budget: dict[str, Any], flops_per_step: int, stats: dict[str, float], device: torch.device
-    ) -> None:
-        self._budget = budget
-        self._flops_per_step = flops_per_step
-        self._stats = stats
-        self._device = device
-        self._memory = PeakMemory(device)
-        self._seconds = 0.0
-        self._resumed_at: float | None = None
-        self.steps = 0
-
-    def resume(self) -> None:
-        """Let time run and memory count."""
-        self._memory.resume()
-        self._resumed_at = self._now()
-
-    def pause(self) -> None:
-        """Stop both."""
-        self._seconds, self._resumed_at = self.seconds, None
-        self._memory.pause()
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Time between `resume` and `pause` so far."""
-        return self._seconds + (0.0 if self._resumed_at is None else self._now() - self._resumed_at)
-
-    @property
-    def share(self) -> float:
-        """Share of the budget spent; the last step may take it above 1."""
-        return self._spent(self._budget["unit"]) / self._budget["amount"]
-
-    def _spent(self, unit: str) -> float:
-        if unit == "steps":
-            return self.steps
-        if unit == "flops":
-            return self.steps * self._flops_per_step
-        return self._stats.get(unit, 0)
-
-    def costs(self) -> Costs:
-        """Everything spent so far."""
-        return Costs(
-            flops=float(self._spent("flops")),
-            wall_seconds=self.seconds,
-            peak_memory_bytes=self._memory.peak,
-            tokens_seen=round(self._spent("tokens_seen")),
-            tokens_trained=round(self._spent("tokens_trained")),
-            steps=self.steps,
-        )
-
-    def point(self, held_out: float) -> Point:
-        """The place on the curve where the run is now, with a held-out loss in nats per token."""
-        costs = self.costs()
-        return Point(
-            share=self.share,
-            tokens_seen=costs.tokens_seen or 0,
-            tokens_trained=costs.tokens_trained or 0,
-            flops=costs.flops,
-            wall_seconds=self.seconds,
-            held_out=held_out,
-        )
-
-
-def learning_rate_factor(share: float, training: dict[str, Any]) -> float:
-    """What to multiply the learning rate with once `share` of the budget is spent: a linear warm-up, then a schedule.
-
-    Args:
-        share: at least 0; everything from 1 on counts as 1.
-        training: ``warmup`` is a share in [0, 1), ``schedule`` one of ``constant``, ``linear``, ``cosine``; the last
-            two end at zero.
-    """
-    warmup, schedule = training["warmup"], training["schedule"]
-    if share < warmup:
-        return share / warmup
-    if schedule == "constant":
-        return 1.0
-    left = (1 - min(share, 1.0)) / (1 - warmup)
-    return left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-
-
-class HeldOut:
-    """The held-out documents, cut into windows, and the unweighted loss of a model on them.
-
-    Args:
-        windows: in the order of their documents.
-        training: its ``precision`` is used for the forward passes.
-    """
-
-    def __init__(self, windows: list[Window], training: dict[str, Any]) -> None:
-        self._windows = windows
-        self._half = training["precision"] == "bf16"
-        labels = 0
-        for count, window in enumerate(windows, start=1):
-            labels += window.labels
-            if labels >= CURVE_TOKENS:
-                break
-        self._start = count
-
-    def start_of(self, losses: list[float]) -> float:
-        """Loss in nats per token over the windows that evaluations on the way use."""
-        return sum(losses[: self._start]) / sum(window.labels for window in self._windows[: self._start])
-
-    def loss_at_start(self, model: PreTrainedModel) -> float:
-        """As `start_of`, measured now."""
-        return self.start_of(self._losses(model, self._windows[: self._start]))
-
-    def losses(self, model: PreTrainedModel) -> list[float]:
-        """Summed negative log-likelihood of each window, in nats."""
-        return self._losses(model, self._windows)
-
-    @torch.no_grad()
-    def _losses(self, model: PreTrainedModel, windows: list[Window]) -> list[float]:
-        training = model.training
-        model.eval()
-        order = sorted(range(len(windows)), key=lambda index: -len(windows[index].input_ids))
-        losses = [0.0] * len(windows)
-        while order:
-            length = len(windows[order[0]].input_ids)
-            count = max(1, _LOGITS_AT_ONCE // (length * model.config.vocab_size))
-            batch, order = order[:count], order[count:]
-            for index, loss in zip(batch, self._batch(model, [windows[index] for index in batch]), strict=True):
-                losses[index] = loss
-        model.train(training)
-        if not all(map(math.isfinite, losses)):
-            raise RunFailed("The held-out loss is not a finite number: the training has diverged.")
-        return losses
-
-    def _batch(self, model: PreTrainedModel, windows: list[Window]) -> list[float]:
-        # Padding on the right needs no mask: attention is causal, and the padding's own labels are ignored.
-        length = len(windows[0].input_ids)
-        ids = torch.zeros(len(windows), length, dtype=torch.int64)
-        labels = torch.full_like(ids, -100)
-        for row, window in enumerate(windows):
-            end = len(window.input_ids)
-            ids[row, :end] = torch.as_tensor(window.input_ids)
-            labels[row, end - window.labels : end] = ids[row, end - window.labels : end]
-        ids, labels = ids.to(model.device), labels.to(model.device)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self._half):
-            logits = model(input_ids=ids, use_cache=False).logits
-        nll = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
-        )
-        return nll.view(len(windows), -1).double().sum(1).tolist()
-
-    def quality(self, losses: list[float]) -> Quality:
-        """The losses summed up for each document."""
-        documents = sorted({window.document for window in self._windows})
-        place = {document: index for index, document in enumerate(documents)}
-        quality = Quality([0.0] * len(place), [0] * len(place), [0] * len(place))
-        for window, loss in zip(self._windows, losses, strict=True):
-            index = place[window.document]
-            quality.nll[index] += loss
-            quality.tokens[index] += window.labels
-            quality.bytes[index] += window.bytes
-        return quality
-
-
-def held_out_loss(model: PreTrainedModel, windows: list[Window], precision: str = "fp32") -> Quality:
-    """Unweighted loss of `model` on held-out windows, per document."""
-    held_out = HeldOut(windows, {"precision": precision})
-    return held_out.quality(held_out.losses(model))
+def _method(job: Job) -> TokenWeighter:
+    [(name, fields)] = job.method.items()
+    if "reference" in job.task:  # the plan's name of it stands in the method; here is where it lies
+        fields = {**fields, "reference": job.task["reference"]}
+    folder = Path(job.task["method_folder"]) if "method_folder" in job.task else None
+    method = catalog.build({name: fields}, "method", folder)
+    assert isinstance(method, TokenWeighter)
+    return method
 
 
 class _EndlessBlocks(Dataset[Tensor]):
-    """Blocks of token ids [blocks, length] in an order that depends on the seed alone, shuffled anew for every pass.
+    """Blocks of token ids in an order that depends on the seed alone, shuffled anew for every pass.
 
     One endless sequence instead of epochs: every optimizer step has the same size, and costs the same.
+
+    Args:
+        blocks: shape [blocks, tokens].
+        seed: of the order.
     """
 
-    def __init__(self, blocks: Tensor, seed: int) -> None:
+    def __init__(self, blocks: NDArray[np.int32], seed: int) -> None:
         self._blocks = blocks
         self._seed = seed
         self._pass = -1
-        self._order = torch.empty(0)
+        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -299,9 +137,9 @@ class _EndlessBlocks(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         which, place = divmod(index, len(self._blocks))
         if which != self._pass:
-            generator = torch.Generator().manual_seed(self._seed + 2**32 * which)
-            self._pass, self._order = which, torch.randperm(len(self._blocks), generator=generator)
-        return self._blocks[self._order[place]]
+            self._pass = which
+            self._order = np.random.default_rng([self._seed, which]).permutation(len(self._blocks))
+        return torch.from_numpy(self._blocks[self._order[place]].astype(np.int64))
 
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
@@ -339,7 +177,7 @@ def _trainer(
 
 
 class _DropGradients(TrainerCallback):
-    """Makes the optimizer's step do nothing, and leave nothing behind."""
+    """Makes the optimizer's step change nothing."""
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -347,89 +185,105 @@ class _DropGradients(TrainerCallback):
         kwargs["model"].zero_grad(set_to_none=True)
 
 
-def _flops_of_one_step(trainer: Trainer, method: Method) -> int:
-    """Operations of one optimizer step as the Trainer takes it, on the first data; the model stays as it was."""
+def _flops_of_one_step(trainer: Trainer, method: TokenWeighter) -> int:
+    """Operations of the first optimizer step as the Trainer takes it, the method's own passes included.
+
+    The model stays as it was. Time is not measured here: counting slows down what it counts.
+    """
     trainer.add_callback(_DropGradients)
-    with weigh(trainer, method), FlopMeter() as meter:
+    meter = FlopMeter()
+    with weigh(trainer, method), meter:
         trainer.train()
     return meter.flops
 
 
 class _Course(TrainerCallback):
-    """Stops a run when its budget is spent, evaluates on the way, and ends it at a loss that is no number."""
+    """Stops a run when its budget is spent, evaluates on the way, and ends it at a loss that is not finite."""
 
     def __init__(
-        self, meter: Meter, model: PreTrainedModel, held_out: HeldOut, evaluations: int, progress: Progress
+        self, spending: Spending, model: PreTrainedModel, held_out: HeldOut, evaluations: int, progress: Progress
     ) -> None:
-        self._meter = meter
+        self._spending = spending
         self._model = model
         self._held_out = held_out
         self._evaluations = evaluations
-        self._progress = progress
         self._evaluated = 0
+        self._progress = progress
         self._reported_at = -math.inf
         self.curve: list[Point] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._meter.resume()
+        self._spending.resume()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._meter.steps += 1  # before the learning rate is set for the next step
+        self._spending.steps += 1  # before the scheduler asks for the next learning rate
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop = self._meter.share >= 1
+        control.should_training_stop = self._spending.share >= 1
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Runs after every step, with its loss."""
-        if not logs or "loss" not in logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called after every step with its loss, and once more at the end without."""
+        if "loss" not in kwargs["logs"]:
             return
-        loss, share = logs["loss"], self._meter.share
-        if not math.isfinite(loss):
-            raise RunFailed(f"The training loss became {loss} at step {self._meter.steps}.")
+        loss, share = kwargs["logs"]["loss"], self._spending.share
+        _check_finite("training", loss, self._spending)
         due = int(share * self._evaluations)
         if share < 1 and due > self._evaluated:
             self._evaluated = due
-            self._meter.pause()
+            self._spending.pause()
             self.add_point(self._held_out.loss_at_start(self._model))
-            self._meter.resume()
-        if share >= 1 or time.monotonic() - self._reported_at > PROGRESS_SECONDS:
+            self._spending.resume()
+        if share >= 1 or time.monotonic() - self._reported_at > _PROGRESS_SECONDS:
             self._reported_at = time.monotonic()
-            self._progress(
-                {"event": "progress", "share": min(share, 1.0), "loss": loss, "seconds": self._meter.seconds}
-            )
+            seconds = self._spending.seconds
+            self._progress({"event": "progress", "share": min(share, 1.0), "loss": loss, "seconds": seconds})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._meter.pause()
+        self._spending.pause()
 
     def add_point(self, held_out: float) -> None:
-        """Note a held-out loss on the curve."""
-        self.curve.append(self._meter.point(held_out))
+        """Put a held-out loss, in nats per token, on the curve."""
+        _check_finite("held-out", held_out, self._spending)
+        costs = self._spending.costs()
+        self.curve.append(
+            Point(
+                share=self._spending.share,
+                tokens_seen=costs.tokens_seen or 0,
+                tokens_trained=costs.tokens_trained or 0,
+                flops=costs.flops,
+                wall_seconds=costs.wall_seconds or 0.0,
+                held_out=held_out,
+            )
+        )
 
 
-def _summary(handle: Handle) -> dict[str, float]:
-    """Means over training of what the method's weights looked like."""
-    return {name: handle.stats[name] for name in ("mean_weight", "effective_sample_size", "kept_share")}
+def _check_finite(which: str, loss: float, spending: Spending) -> None:
+    if not math.isfinite(loss):
+        raise RunFailed(f"The {which} loss became {loss} at step {spending.steps}: the training diverged.")
+
+
+def _example(
+    model: PreTrainedModel, method: TokenWeighter, tokenizer: PreTrainedTokenizerBase, windows: Windows, seed: int
+) -> dict[str, list[Any]]:
+    """The start of the first held-out text that is long enough, with the weight the method gives each token now."""
+    long_enough = np.flatnonzero(windows.lengths >= min(EXAMPLE_TOKENS, windows.lengths.max()))
+    window = int(long_enough[0])
+    ids = windows.input_ids[window, : min(EXAMPLE_TOKENS, windows.lengths[window])].tolist()
+    weights = token_weights(model, method, ids, seed).weights
+    return {"tokens": [tokenizer.decode([token]) for token in ids], "weights": weights}
 
 
 def _versions(device: torch.device) -> dict[str, str]:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    packages = {name: version(name) for name in ("tokenwise", "torch", "transformers", "accelerate")}
     return {
         "python": platform.python_version(),
-        **packages,
+        **{name: version(name) for name in ("tokenwise", "torch", "transformers", "accelerate")},
         "machine": f"{platform.system()} {machine}",
         "device": device.type,
         "threads": str(torch.get_num_threads()),

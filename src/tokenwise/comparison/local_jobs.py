@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tokenwise.comparison.runner import Executor, OnEvent, Task
+from tokenwise.comparison.run_folder import Executor, OnEvent, RunFolder
 
 _PATIENCE = 5.0
 
@@ -28,29 +28,30 @@ class LocalProcesses(Executor):
         if server is None:
             return
         if kind is not None:
-            _end(server, signal.SIGTERM)
+            _end(server, kindly=True)
         try:
             server.communicate(timeout=_PATIENCE)  # closes its stdin, at which it ends
         except subprocess.TimeoutExpired:
-            _end(server, signal.SIGKILL)
+            _end(server, kindly=False)
             server.communicate()
 
-    def run(self, tasks: list[Task], on_event: OnEvent) -> Iterator[tuple[Task, str | None]]:
-        for task in tasks:
-            yield task, self._run(task, on_event)
+    def run(self, folders: list[RunFolder], on_event: OnEvent) -> Iterator[tuple[RunFolder, str | None]]:
+        for folder in folders:
+            yield folder, self._run(folder, on_event)
 
-    def _run(self, task: Task, on_event: OnEvent) -> str | None:
-        if self._server is None:
-            self._server = _start(task)
+    def _run(self, folder: RunFolder, on_event: OnEvent) -> str | None:
+        folder.begin()
+        if self._server is None or self._server.poll() is not None:
+            self._server = _start(folder)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(f"{task.job_file}\n")
+        self._server.stdin.write(f"{folder.job_file}\n")
         self._server.stdin.flush()
         for line in self._server.stdout:
             event: dict[str, Any] = json.loads(line)
             if event["event"] == "end":
-                return None if (task.folder / "result.json").exists() else cause_of_death(event["returncode"])
-            on_event(task, event)
+                return None if (folder.path / "result.json").exists() else cause_of_death(event["returncode"])
+            on_event(folder, event)
         server, self._server = self._server, None
         return cause_of_death(server.wait())
 
@@ -60,12 +61,12 @@ def cause_of_death(returncode: int) -> str:
     if returncode >= 0:
         return f"The process ended with exit code {returncode} and without a result; log.txt says more."
     number = -returncode
-    often = "; often: out of memory" if number == signal.SIGKILL else ""
+    often = "; often: out of memory" if number == 9 else ""
     return f"The process was killed by signal {number} ({signal.Signals(number).name}){often}."
 
 
-def _start(task: Task) -> subprocess.Popen[str]:
-    with (task.folder / "log.txt").open("w") as log:
+def _start(folder: RunFolder) -> subprocess.Popen[str]:
+    with (folder.path / "log.txt").open("w") as log:
         return subprocess.Popen(
             # -P: a file called datasets.py in the current folder must not shadow the library.
             [sys.executable, "-P", "-m", "tokenwise.comparison.worker", "--serve"],
@@ -77,8 +78,9 @@ def _start(task: Task) -> subprocess.Popen[str]:
         )
 
 
-def _end(server: subprocess.Popen[str], how: signal.Signals) -> None:
-    if hasattr(os, "killpg"):
-        os.killpg(server.pid, how)
-    else:
+def _end(server: subprocess.Popen[str], kindly: bool) -> None:
+    """End the server and the job it runs."""
+    if sys.platform == "win32":
         server.terminate()
+    else:
+        os.killpg(server.pid, signal.SIGTERM if kindly else signal.SIGKILL)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenwise.comparison.records import Job, Result
-from tokenwise.comparison.worker import write_job
+from tokenwise.comparison.run_folder import Executor, RunFolder
 from tokenwise.errors import InputError, Problem
 
 
@@ -25,80 +22,8 @@ class Plan(Protocol):
     def prepare(self, folder: Path) -> object:
         """Make in `folder` what the jobs share."""
 
-    def jobs(self) -> list[Job]:
-        """The jobs, once `prepare` has run."""
-        ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """A job, the folder of its result (``<comparison>/runs/<key>``), and the reference it waits for."""
-
-    job: Job
-    folder: Path
-    reference: Task | None = None
-
-    @property
-    def name(self) -> str:
-        """What a user calls it."""
-        kind = "reference " if self.job.kind == "reference" else ""
-        return f"{kind}{self.job.label}, seed {self.job.seed}"
-
-    @property
-    def job_file(self) -> Path:
-        return self.folder / "job.json"
-
-    def result(self) -> Result | None:
-        """The stored result under this comparison's names; None where there is none that can be read."""
-        try:
-            result = Result.read(self.folder / "result.json")
-        except (OSError, ValueError, TypeError, KeyError):  # there is none, or its format is of another version
-            return None
-        result.job = self.job
-        return result
-
-    def finished(self) -> bool:
-        """Whether a finished result is there; for a reference also the model, which others wait for."""
-        result = self.result()
-        done = result is not None and result.status == "finished"
-        return done and (self.job.kind == "run" or (self.folder / "model").is_dir())
-
-    def begin(self) -> None:
-        """Clear what an earlier try left and write the job file, the reference's name replaced by its model."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        job = self.job
-        if self.reference is not None:
-            [(name, fields)] = job.method.items()
-            job = replace(job, method={name: {**fields, "reference": str(self.reference.folder / "model")}})
-        write_job(job, self.job_file)
-
-    def fail(self, reason: str) -> None:
-        """Record that the job failed."""
-        Result(job=self.job, status="failed", reason=reason).write(self.folder / "result.json")
-
-    def complete(self, concurrent: bool) -> None:
-        """Add to the stored result what its own process did not know."""
-        result = self.result()
-        if result is None:
-            self.fail("The process ended well but left no result.")
-            return
-        result.costs.seconds_comparable = not concurrent
-        charged = self.reference.result() if self.reference is not None else None
-        result.reference_costs = charged.costs if charged is not None else None
-        result.write(self.folder / "result.json")
-
-
-OnEvent = Callable[[Task, dict[str, Any]], None]
-
-
-class Executor(AbstractContextManager["Executor"], Protocol):
-    """Where jobs run."""
-
-    concurrent: bool
-    """Whether several jobs may run at once, so that their wall times cannot be compared."""
-
-    def run(self, tasks: list[Task], on_event: OnEvent) -> Iterator[tuple[Task, str | None]]:
-        """Yield each task when it has ended, with the reason if its process died without a result."""
+    def jobs(self, folder: Path) -> list[Job]:
+        """The jobs, references before the runs that wait for them; `prepare` has run."""
         ...
 
 
@@ -125,53 +50,41 @@ def run_comparison(
     folder = Path(folder).absolute()
     with _locked(folder):
         plan.prepare(folder)
-        tasks = _tasks(plan.jobs(), folder)
-        with _Display(console or Console(), len(tasks)) as display, _executor(ray) as executor:
+        folders = _run_folders(plan.jobs(folder), folder / "runs")
+        with _Display(console or Console(), len(folders)) as display, _executor(ray) as executor:
             for kind in ("reference", "run"):
-                _run_missing([task for task in tasks if task.job.kind == kind], executor, display)
-    return [result for task in tasks if (result := task.result()) is not None]
+                _run_missing([run for run in folders if run.job.kind == kind], executor, display)
+    return [result for run in folders if (result := run.result()) is not None]
 
 
-def _tasks(jobs: list[Job], folder: Path) -> list[Task]:
-    runs = folder / "runs"
-    references = {
-        (job.label, job.seed): Task(job, runs / job.key) for job in jobs if job.kind == "reference"
-    }  # fmt: skip
-    by_label = {label: task for (label, _), task in references.items()}
-
-    def task_of(job: Job) -> Task:
-        if job.kind == "reference":
-            return references[job.label, job.seed]
-        if job.reference is None:
-            return Task(job, runs / job.key)
-        # A reference trained with the run's own seed, where there is one for every seed.
-        reference = references.get((job.reference, job.seed)) or by_label[job.reference]
-        both = f"{job.key} {reference.folder.name}"
-        return Task(job, runs / hashlib.sha256(both.encode()).hexdigest()[:20], reference)
-
-    return [task_of(job) for job in jobs]
+def _run_folders(jobs: list[Job], root: Path) -> list[RunFolder]:
+    references = {job.label: RunFolder(job, root / job.key) for job in jobs if job.kind == "reference"}
+    return [
+        references[job.label]
+        if job.kind == "reference"
+        else RunFolder(job, root / job.key, references[job.reference] if job.reference else None)
+        for job in jobs
+    ]
 
 
-def _run_missing(tasks: list[Task], executor: Executor, display: _Display) -> None:
-    waiting: dict[Path, Task] = {}  # two labels of the same job share a folder, and run once
-    for task in tasks:
-        if task.finished():
+def _run_missing(folders: list[RunFolder], executor: Executor, display: _Display) -> None:
+    waiting: dict[Path, RunFolder] = {}  # the same job under two labels runs once
+    for run in folders:
+        reference = run.reference
+        if run.finished() or run.path in waiting:
             display.reused()
-        elif task.reference is not None and not task.reference.finished():
-            failed = task.reference.result()
-            task.fail(f"Its reference {task.job.reference!r} failed: {failed.reason if failed else 'no result'}")
-            display.ended(task)
-        elif task.folder in waiting:
-            display.reused()
+        elif reference is not None and not reference.finished():
+            failed = reference.result()
+            run.fail(f"Its reference {reference.job.label!r} failed: {failed.reason if failed else 'no result'}")
+            display.ended(run)
         else:
-            task.begin()
-            waiting[task.folder] = task
-    for task, death in executor.run(list(waiting.values()), display.update):
+            waiting[run.path] = run
+    for run, death in executor.run(list(waiting.values()), display.update):
         if death is None:
-            task.complete(executor.concurrent)
+            run.complete(executor.concurrent)
         else:
-            task.fail(death)
-        display.ended(task)
+            run.fail(death)
+        display.ended(run)
 
 
 def _executor(ray: str | None) -> Executor:
@@ -228,26 +141,26 @@ class _Display(AbstractContextManager["_Display"]):
     def __exit__(self, *error: object) -> None:
         self._live.stop()
 
-    def update(self, task: Task, event: dict[str, Any]) -> None:
-        """Show a progress event of a running task."""
+    def update(self, run: RunFolder, event: dict[str, Any]) -> None:
+        """Show a progress event of a running job."""
         if event["event"] == "progress":
-            now = f"{task.name}: {event['share']:.0%}, loss {event['loss']:.3f}"
+            now = f"{run.name}: {event['share']:.0%}, loss {event['loss']:.3f}"
             self._live.update(self._bar, completed=self._done + event["share"], now=now)
 
     def reused(self) -> None:
         """Count a result that was there already."""
         self._count()
 
-    def ended(self, task: Task) -> None:
-        """Count a task that has just ended, and say how."""
+    def ended(self, run: RunFolder) -> None:
+        """Count a job that has just ended, and say how."""
         self._count()
-        result = task.result()
+        result = run.result()
         if result is not None and result.quality is not None:
             outcome = f"{result.quality.nats_per_token:.4f} nats/token, {result.costs.wall_seconds:.1f} s"
         else:
             outcome = f"failed. {result.reason if result else ''}"
         if not self._console.is_terminal or (result is not None and result.status == "failed"):
-            line = f"[{self._done}/{self._total}] {task.name}: {outcome}"
+            line = f"[{self._done}/{self._total}] {run.name}: {outcome}"
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _count(self) -> None:

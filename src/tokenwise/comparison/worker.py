@@ -17,19 +17,13 @@ import signal
 import subprocess
 import sys
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tokenwise.comparison.records import Job, Result, write_text
+from tokenwise.comparison.records import Job, Result
 from tokenwise.errors import InputError
 
 TASK_MODULES = {"language_modeling": "tokenwise.comparison.language_modeling"}
-
-
-def write_job(job: Job, path: Path) -> None:
-    """Write what `run_job` reads."""
-    write_text(path, json.dumps(asdict(job), indent=1, ensure_ascii=False) + "\n")
 
 
 def run_job(path: Path, out: int) -> Result:
@@ -49,8 +43,9 @@ def run_job(path: Path, out: int) -> Result:
             print("The comparison has ended; so does this run.", file=sys.stderr, flush=True)
             os._exit(1)
 
+    progress({"event": "start", "process": os.getpid()})
     try:
-        task = importlib.import_module(TASK_MODULES[job.task.get("kind", "language_modeling")])
+        task = importlib.import_module(TASK_MODULES[job.task["kind"]])
         result: Result = task.run(job, path.parent, progress)
         result.model_dir = (path.parent / "model").relative_to(path.parent.parent.parent).as_posix()
     except Exception as error:
