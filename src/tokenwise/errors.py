@@ -38,12 +38,14 @@ class InputError(ValueError):
         return type(self), (self.problems,)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the known word closest to `word`, or lists what is known."""
+def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """A sentence that suggests the known word closest to `word`; where none is close, `otherwise`, or what is known."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"Did you mean {close[0]!r}?"
+    if otherwise is not None:
+        return otherwise
     return "Known: " + ", ".join(known) + "." if known else ""
 
 

@@ -1,0 +1,364 @@
+"""The plan of a comparison: read whole, checked whole, and turned into jobs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from tokenwise.comparison import data, fingerprint
+from tokenwise.comparison.entries import Entry, Listed, make_entries, read_methods, reference_of
+from tokenwise.comparison.records import Job
+from tokenwise.comparison.sections import (
+    MISSING,
+    SECTIONS,
+    UNITS,
+    Budget,
+    NewTokenizer,
+    Reference,
+    Task,
+    Training,
+    collect,
+    existing_reference,
+    problems_of,
+    shorten,
+)
+from tokenwise.comparison.yaml_file import read_yaml
+from tokenwise.errors import InputError, Problem, nearest
+from tokenwise.models import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEARNING_RATE_FROM_SCRATCH = 1e-3
+LEARNING_RATE_EXISTING = 5e-5
+"""The default for a model that has been trained before: large steps would undo what it knows."""
+
+
+@dataclass
+class Plan:
+    """A checked plan: every path exists, every method is built, every name is known.
+
+    Call `prepare` once, then `jobs`.
+    """
+
+    file: Path
+    task: Task
+    training: Training
+    budget: Budget
+    seeds: tuple[int, ...]
+    references: dict[str, Reference]
+    entries: list[Entry]
+    _fingerprints: dict[Any, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def baseline(self) -> str:
+        """The label of the baseline."""
+        return next(entry.label for entry in self.entries if entry.role == "baseline")
+
+    def prepare(self, folder: Path, progress: Callable[[str], None] = lambda stage: None) -> None:
+        """Do once what all runs need: train the tokenizer, and turn all text into token ids.
+
+        What an earlier call left in `folder` is used again while its inputs are unchanged.
+
+        Args:
+            folder: the comparison's folder.
+            progress: called with a few words before each slow stage.
+
+        Raises:
+            InputError: with everything wrong with the data: unreadable, empty or too short; or a reference with
+                another vocabulary than a tokenizer that was still to be trained.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        problems: list[Problem] = []
+        self._train_tokenizer(folder, progress)
+        tokenizer = load.load_tokenizer(self._tokenizer_directory(folder), "task.model.tokenizer")
+        for where, files in self._training_data().items():
+            with collect(problems):
+                self._write_blocks(folder, files, tokenizer, where, progress)
+        with collect(problems):
+            self._write_windows(folder, tokenizer, progress)
+        if isinstance(self.task.model.tokenizer, NewTokenizer):
+            for name, reference in self.references.items():
+                if reference.model is not None:
+                    with collect(problems):
+                        load.check_same_vocabulary(tokenizer, reference.model, f"references.{name}")
+        if problems:
+            raise InputError(problems)
+
+    def jobs(self, folder: Path) -> list[Job]:
+        """All jobs: references first, then for each seed every method, so that a partial comparison is paired.
+
+        Args:
+            folder: the comparison's folder, after `prepare`.
+        """
+        task = {
+            "kind": self.task.kind,
+            "model": self.task.model.spec,
+            "tokenizer": str(self._tokenizer_directory(folder)),
+            "eval": [str(path) for path in self.task.data.eval],
+            "held_out_windows": str(self._windows_file(folder)),
+            "text_field": self.task.data.text_field,
+            "sequence_length": self.task.sequence_length,
+            "training": self.training.model_dump(mode="json"),
+        }
+        model = self.task.model.spec
+        inputs = {
+            "model": fingerprint.of_value(model)
+            if isinstance(model, dict)
+            else self._fingerprint(fingerprint.of_model, Path(model)),
+            "tokenizer": self._fingerprint(fingerprint.of_tokenizer, self._tokenizer_directory(folder)),
+            "eval": self._fingerprint(fingerprint.of_data, self.task.data.eval),
+            **fingerprint.versions(),
+        }
+
+        def trained_on(files: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+            blocks = str(self._blocks_file(folder, files))
+            return (
+                {**task, "train": [str(path) for path in files], "train_blocks": blocks},
+                {**inputs, "train": self._fingerprint(fingerprint.of_data, files)},
+            )
+
+        references: dict[str, Job] = {}
+        for name, reference in self.references.items():
+            if reference.train_on is not None:
+                its_task, its_inputs = trained_on(reference.train_on)
+                budget = (reference.budget or self.budget).plain()
+                references[name] = Job(
+                    "reference", name, self.seeds[0], {"uniform": {}}, "candidate", its_task, budget, None, its_inputs
+                )
+
+        runs = []
+        for seed in self.seeds:
+            for entry in self.entries:
+                run_task, run_inputs = trained_on(self.task.data.train)
+                run_inputs["method"] = f"version {type(entry.method).version}"
+                if entry.source is not None:
+                    run_task["method_folder"] = str(entry.source.parent)
+                    run_inputs["method"] += f" {fingerprint.of_file(entry.source)}"
+                waits_for = entry.reference if entry.reference in references else None
+                if waits_for is not None:
+                    run_inputs["reference"] = references[waits_for].key
+                elif entry.reference is not None:
+                    directory = self.references[entry.reference].model
+                    assert directory is not None
+                    run_task["reference"] = str(directory)
+                    run_inputs["reference"] = self._fingerprint(fingerprint.of_model, directory)
+                budget = self.budget.plain()
+                runs.append(
+                    Job("run", entry.label, seed, entry.spec(), entry.role, run_task, budget, waits_for, run_inputs)
+                )
+        return [*references.values(), *runs]
+
+    def summary(self) -> dict[str, str]:
+        """What is compared, in words: task, model, data, budget, seeds, baseline, plan_file."""
+        model = self.task.model
+        described = model.written
+        if model.from_scratch:
+            described += f", {_rounded(load.count_parameters(model.config))} parameters"
+        if isinstance(model.tokenizer, NewTokenizer):
+            described += f", byte-level BPE of {model.tokenizer.vocab_size:,} tokens learnt from the training data"
+        train, held_out = (_names(paths) for paths in (self.task.data.train, self.task.data.eval))
+        return {
+            "task": f"{self.task.kind.replace('_', ' ')}, sequences of {self.task.sequence_length} tokens",
+            "model": described,
+            "data": f"trained on {train}, measured on {held_out}",
+            "budget": f"{self.budget} in each run",
+            "seeds": ", ".join(map(str, self.seeds)),
+            "baseline": self.baseline,
+            "plan_file": str(self.file),
+        }
+
+    def _training_data(self) -> dict[str, tuple[Path, ...]]:
+        """All sets of files that a run or a reference trains on, by the plan's field."""
+        found = {"task.data.train": self.task.data.train}
+        for name, reference in self.references.items():
+            if reference.train_on is not None:
+                found[f"references.{name}.train_on"] = reference.train_on
+        return found
+
+    def _fingerprint(self, function: Callable[..., str], *arguments: Any) -> str:
+        # Large files are hashed once, not once for each job.
+        if (function, arguments) not in self._fingerprints:
+            self._fingerprints[function, arguments] = function(*arguments)
+        return self._fingerprints[function, arguments]
+
+    def _tokenizer_directory(self, folder: Path) -> Path:
+        wanted = self.task.model.tokenizer
+        if isinstance(wanted, Path):
+            return wanted
+        values = [
+            self._fingerprint(fingerprint.of_data, self.task.data.train),
+            self.task.data.text_field,
+            wanted.model_dump(),
+        ]
+        return folder.resolve() / "tokenizer" / fingerprint.of_value([*values, fingerprint.versions()])[:20]
+
+    def _prepared_file(self, folder: Path, files: tuple[Path, ...], name: str) -> Path:
+        tokenizer = self._fingerprint(fingerprint.of_tokenizer, self._tokenizer_directory(folder))
+        values = [
+            self._fingerprint(fingerprint.of_data, files),
+            tokenizer,
+            self.task.data.text_field,
+            self.task.sequence_length,
+        ]
+        return folder.resolve() / "tokens" / f"{fingerprint.of_value([*values, fingerprint.versions()])[:20]}-{name}"
+
+    def _blocks_file(self, folder: Path, files: tuple[Path, ...]) -> Path:
+        return self._prepared_file(folder, files, "blocks.npy")
+
+    def _windows_file(self, folder: Path) -> Path:
+        return self._prepared_file(folder, self.task.data.eval, "windows.npz")
+
+    def _train_tokenizer(self, folder: Path, progress: Callable[[str], None]) -> None:
+        wanted, directory = self.task.model.tokenizer, self._tokenizer_directory(folder)
+        if isinstance(wanted, Path) or directory.is_dir():
+            return
+        progress("training the tokenizer")
+        documents = data.read_documents(self.task.data.train, self.task.data.text_field, "task.data.train")
+        tokenizer = load.train_tokenizer(documents, wanted.vocab_size)
+        directory.parent.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix="."))
+        try:
+            tokenizer.save_pretrained(temporary)
+            temporary.rename(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_blocks(
+        self,
+        folder: Path,
+        files: tuple[Path, ...],
+        tokenizer: PreTrainedTokenizerBase,
+        where: str,
+        progress: Callable[[str], None],
+    ) -> None:
+        path = self._blocks_file(folder, files)
+        at_least = self.training.batch_size
+        if path.is_file() and len(np.load(path, mmap_mode="r")) >= at_least:
+            return
+        progress(f"reading {_names(files)}")
+        documents = data.read_documents(files, self.task.data.text_field, where)
+        blocks = data.token_blocks(documents, tokenizer, self.task.sequence_length, at_least, where)
+        data.write_array(path, lambda stream: np.save(stream, blocks, allow_pickle=False))
+
+    def _write_windows(self, folder: Path, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str], None]) -> None:
+        path = self._windows_file(folder)
+        if not path.is_file():
+            progress(f"reading {_names(self.task.data.eval)}")
+            documents = data.read_documents(self.task.data.eval, self.task.data.text_field, "task.data.eval")
+            windows = data.held_out_windows(documents, tokenizer, self.task.sequence_length, "task.data.eval")
+            data.write_array(path, windows.save)
+
+
+def read_plan(path: Path | str) -> Plan:
+    """Read and check a plan. Paths in it start at its folder.
+
+    Raises:
+        InputError: with every problem of the plan at once, before anything is run.
+    """
+    path = Path(path)
+    raw = read_yaml(path)
+    if not isinstance(raw, Mapping):
+        what = "is empty" if raw is None else f"holds {shorten(raw)}, not a mapping"
+        raise InputError(Problem(path.name, f"{what}.", f"A plan has the keys {', '.join(SECTIONS)}."))
+    folder = path.resolve().parent
+    problems = [
+        Problem(str(name), "is no part of a plan.", nearest(str(name), SECTIONS))
+        for name in raw
+        if name not in SECTIONS
+    ]
+    values: dict[str, Any] = {}
+    for name, kind in SECTIONS.items():
+        if raw.get(name) is None:
+            if name in MISSING:
+                problems.append(Problem(name, "is missing.", MISSING[name]))
+            continue
+        try:
+            values[name] = TypeAdapter(kind).validate_python(raw[name], context={"folder": folder})
+        except ValidationError as error:
+            problems += problems_of(error, kind, name)
+
+    listed = read_methods(values.get("methods"), folder, problems)
+    references = _read_references(listed, raw, values.get("references", {}), folder, problems)
+    task, budget, training = values.get("task"), values.get("budget"), values.get("training", Training())
+    if task is not None:
+        problems += _data_problems(task, references)
+        problems += _budget_problems(task, training, budget, references)
+        if isinstance(task.model.tokenizer, Path):
+            tokenizer = load.load_tokenizer(task.model.tokenizer)
+            for name, reference in references.items():
+                if reference.model is not None:
+                    with collect(problems):
+                        load.check_same_vocabulary(tokenizer, reference.model, f"references.{name}")
+    entries = make_entries(listed, values.get("baseline", "uniform"), problems)
+    if problems or task is None or budget is None:
+        raise InputError(problems)
+    if training.learning_rate is None:
+        default = LEARNING_RATE_FROM_SCRATCH if task.model.from_scratch else LEARNING_RATE_EXISTING
+        training = training.model_copy(update={"learning_rate": default})
+    return Plan(path, task, training, budget, values.get("seeds", (0, 1, 2)), references, entries)
+
+
+def _read_references(
+    listed: list[Listed], raw: Mapping[str, Any], defined: dict[str, Reference], folder: Path, problems: list[Problem]
+) -> dict[str, Reference]:
+    """The references that methods use: those the plan defines, and the directories that methods name themselves."""
+    names = {str(name) for name in raw["references"]} if isinstance(raw.get("references"), Mapping) else set()
+    references = dict(defined)
+    used = set()
+    for entry in listed:
+        name = reference_of(entry)
+        if not isinstance(name, str):
+            continue
+        used.add(name)
+        if name in names or name in references:
+            continue
+        where = f"{entry.where}.{next(iter(entry.spec))}.reference"
+        if "/" not in name and not (folder / name).exists():
+            fix = nearest(name, names, "Define it under references, or write a directory.")
+            problems.append(Problem(where, f"there is no reference {name!r}.", fix))
+            continue
+        with collect(problems):
+            references[name] = Reference.model_construct(model=existing_reference(name, folder, where))
+    unused = sorted(names - used)
+    problems += [Problem(f"references.{name}", "is used by no method.", "Remove it.") for name in unused]
+    return references
+
+
+def _data_problems(task: Task, references: dict[str, Reference]) -> Iterator[Problem]:
+    trained_on = {"task.data.train": task.data.train}
+    trained_on |= {f"references.{name}.train_on": entry.train_on or () for name, entry in references.items()}
+    for where, files in trained_on.items():
+        for path in sorted(set(files) & set(task.data.eval)):
+            message = f"{str(path)!r} is also in task.data.eval."
+            yield Problem(where, message, "Held-out text must not be trained on.")
+
+
+def _budget_problems(
+    task: Task, training: Training, budget: Budget | None, references: dict[str, Reference]
+) -> Iterator[Problem]:
+    step = training.batch_size * training.accumulate * (task.sequence_length - 1)
+    budgets = {"budget": budget} | {f"references.{name}.budget": entry.budget for name, entry in references.items()}
+    for where, entry in budgets.items():
+        if entry is not None and entry.unit in ("tokens_seen", "tokens_trained") and entry.amount < step:
+            message = f"{int(entry.amount):,} {UNITS[entry.unit]} are less than one step, which takes {step:,}."
+            yield Problem(f"{where}.amount", message, "Raise it, or lower batch_size or sequence_length.")
+
+
+def _names(paths: tuple[Path, ...]) -> str:
+    shown = ", ".join(path.name for path in paths[:3])
+    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def _rounded(count: int) -> str:
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{suffix}"
+    return str(count)
