@@ -99,10 +99,10 @@ def read_documents(paths: Iterable[Path | str], text_field: str = "text", field:
     Raises:
         InputError: for every file that cannot be read, with the line of a broken record; or when no text is left.
     """
-    paths = [Path(path) for path in paths]
+    files = [Path(path) for path in paths]
     documents = Documents()
     problems: list[Problem] = []
-    for path in paths:
+    for path in files:
         try:
             for text in _read(path, text_field, field):
                 if text is not None and not isinstance(text, str):
@@ -122,7 +122,7 @@ def read_documents(paths: Iterable[Path | str], text_field: str = "text", field:
     if problems:
         raise InputError(problems)
     if not documents:
-        names = ", ".join(str(path) for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
+        names = ", ".join(str(path) for path in files[:3]) + (" ..." if len(files) > 3 else "")
         raise InputError(Problem(field, f"there is no text in {names} ({documents.empty} empty documents)."))
     return documents
 
@@ -202,15 +202,9 @@ def _first_character(stream: IO[str]) -> str:
 
 def _check_text_field(text_field: str, fields: Iterable[str], where: str, field: str) -> None:
     if text_field not in fields:
-        names = ", ".join(fields)
-        close = nearest(text_field, fields)
-        raise InputError(
-            Problem(
-                field,
-                f"{where} has no field {text_field!r}; it has {names or 'none'}.",
-                f"{close if close.startswith('Did you') else ''} Set text_field to the one that holds the text.".strip(),
-            )
-        )
+        message = f"{where} has no field {text_field!r}; it has {', '.join(fields) or 'none'}."
+        fix = nearest(text_field, fields, "Set text_field to the one that holds the text.")
+        raise InputError(Problem(field, message, fix))
 
 
 def joint_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -325,14 +319,14 @@ class Windows:
             transformers want them: label t is predicted from the tokens before t, and column 0 is always -100.
         lengths: tokens of each window without padding, shape [windows].
         document: which document each window is of, in order, shape [windows].
-        bytes: UTF-8 bytes of each document that its scored tokens cover, shape [documents].
+        text_bytes: UTF-8 bytes of each document that its scored tokens cover, shape [documents].
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     lengths: NDArray[np.int32]
     document: NDArray[np.int32]
-    bytes: NDArray[np.int64]
+    text_bytes: NDArray[np.int64]
 
     def save(self, stream: IO[bytes]) -> None:
         """Write to an open file."""
@@ -371,7 +365,7 @@ def held_out_windows(
             continue
         windows += [row[begin : begin + sequence_length] for begin in range(0, len(row) - 1, stride)]
         document += [len(covered)] * -(-(len(row) - 1) // stride)
-        unscored = 0 if len(start) else len(tokenizer.decode(ids[:1]).encode())
+        unscored = 0 if len(start) else len(str(tokenizer.decode(ids[:1])).encode())
         covered.append(len(text.encode()) - unscored)
     if not windows:
         raise InputError(Problem(field, "too short: there is no token to score.", "Add held-out text."))

@@ -29,15 +29,24 @@ def of_data(paths: Iterable[Path]) -> str:
 
 
 def of_model(directory: Path) -> str:
-    """Of a saved model or tokenizer: weights, configuration and tokenizer files, by name."""
-    files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in _MODEL_SUFFIXES]
-    return of_value([[path.name, of_file(path)] for path in files])
+    """Of a saved model: weights, configuration and tokenizer files, by name."""
+    return _files(directory, _MODEL_SUFFIXES)
+
+
+def of_tokenizer(directory: Path) -> str:
+    """Of the small files of a saved model or tokenizer, the weights left out."""
+    return _files(directory, _MODEL_SUFFIXES - {".safetensors"})
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
     names = ("tokenwise", "torch", "transformers", "tokenizers")
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def _files(directory: Path, suffixes: set[str]) -> str:
+    files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in suffixes]
+    return of_value([[path.name, of_file(path)] for path in files])
 
 
 def _tree(directory: Path) -> list[list[str]]:

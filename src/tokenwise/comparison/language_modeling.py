@@ -84,7 +84,7 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         )
         course = _Course(spending, model, held_out, training["evaluations"], progress)
         trainer.add_callback(course)
-        trainer.train()
+        _train(trainer)
         weights = {name: handle.stats[name] for name in ("mean_weight", "effective_sample_size", "kept_share")}
 
     losses = held_out.losses(model)
@@ -193,8 +193,14 @@ def _flops_of_one_step(trainer: Trainer, method: TokenWeighter) -> int:
     trainer.add_callback(_DropGradients)
     meter = FlopMeter()
     with weigh(trainer, method), meter:
-        trainer.train()
+        _train(trainer)
     return meter.flops
+
+
+def _train(trainer: Trainer) -> None:
+    trainer.train()
+    # The Trainer leaves its autocast on the model's forward; what comes next must find the model as it was.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 class _Course(TrainerCallback):

@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,13 @@ class Job:
         task: the resolved task: model, tokenizer, data paths, sequence length, training settings.
         budget: ``{"unit": ..., "amount": ...}``.
         reference: name of the reference this job waits for, or None.
-        inputs: fingerprints of what the job reads (data, model, own code) and of the package versions.
+        inputs: fingerprints of what the job reads (data, model, own code) and of the package versions. They stand in
+            the key for the entries of `task` that say where these things lie (`LOCATIONS`).
     """
+
+    LOCATIONS: ClassVar[frozenset[str]] = frozenset(
+        {"model", "tokenizer", "train", "eval", "train_blocks", "held_out_windows", "method_folder", "reference"}
+    )
 
     kind: Literal["run", "reference"]
     label: str
@@ -41,8 +46,10 @@ class Job:
 
     @property
     def key(self) -> str:
-        """A name for the result that changes whenever anything that decides it changes. Labels and roles do not."""
+        """A name for the result that changes whenever anything that decides it changes. Labels and roles do not count,
+        nor does where the files lie."""
         decisive = {name: value for name, value in asdict(self).items() if name not in ("label", "role")}
+        decisive["task"] = {name: value for name, value in self.task.items() if name not in self.LOCATIONS}
         text = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 

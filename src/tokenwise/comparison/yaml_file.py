@@ -42,7 +42,7 @@ _scalar("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
 _scalar("int", r"[-+]?\d+(?:_\d+)*", "-+0123456789")
 _scalar("float", r"[-+]?(?:\d[\d_]*\.?|\d[\d_]*\.\d+|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.inf|\.nan", "-+.0123456789")
 # Decimal always: 010 is ten.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 
 
 def read_yaml(path: Path) -> Any:
