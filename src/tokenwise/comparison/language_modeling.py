@@ -199,8 +199,10 @@ def _flops_of_one_step(trainer: Trainer, method: TokenWeighter) -> int:
 
 def _train(trainer: Trainer) -> None:
     trainer.train()
-    # The Trainer leaves its autocast on the model's forward; what comes next must find the model as it was.
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # Accelerate leaves its autocast on the instance, around a weighted forward that is about to end. The model is ours
+    # and had neither attribute before.
+    for name in ("forward", "_original_forward"):
+        vars(trainer.model).pop(name, None)
 
 
 class _Course(TrainerCallback):
