@@ -24,9 +24,9 @@ TRAINING = {
     "evaluations": 2,
 }
 
-# Methods of a user's own that go wrong, or that take their time.
+# Methods of a user's own that go wrong.
 METHODS = '''
-import os, signal, time
+import os, signal
 import torch
 from tokenwise.weighting.base import TokenWeighter
 
@@ -46,12 +46,6 @@ class Greedy(TokenWeighter):
     """Wants more memory than there is."""
     def weights(self, batch, state):
         return torch.ones(2**50)
-
-class Slow(TokenWeighter):
-    """Takes its time."""
-    def weights(self, batch, state):
-        time.sleep(1.0)
-        return torch.ones(batch.labels.shape)
 '''
 
 
