@@ -1,0 +1,168 @@
+"""Runs the jobs of a comparison, each in a process of its own, and keeps what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tokenwise.comparison.records import Job, Result
+from tokenwise.comparison.run_folder import Executor, RunFolder
+from tokenwise.errors import InputError, Problem
+
+
+class Plan(Protocol):
+    """What the runner needs of a plan."""
+
+    def prepare(self, folder: Path) -> object:
+        """Make in `folder` what the jobs share."""
+
+    def jobs(self, folder: Path) -> list[Job]:
+        """The jobs, references before the runs that wait for them; `prepare` has run."""
+        ...
+
+
+def run_comparison(
+    plan: Plan, folder: Path | str, ray: str | None = None, console: Console | None = None
+) -> list[Result]:
+    """Run every job of `plan` that has no finished result in `folder` yet.
+
+    References come first; a run whose reference failed is recorded as failed too. What failed before is tried again.
+    Interrupting (Ctrl-C) ends the running process and leaves what is finished.
+
+    Args:
+        plan: what `read_plan` gives; its `prepare` is called here, under the lock.
+        folder: made if missing. Each job's result is ``runs/<key>/result.json``, its model and log beside it.
+        ray: address of a Ray cluster, ``local`` to start one on this machine; None for one local process at a time.
+        console: for the live progress; standard output unless given.
+
+    Returns:
+        Results in the order of the plan's jobs, of references and runs, finished and failed.
+
+    Raises:
+        InputError: when another comparison is at work in the folder, or Ray is asked for and not installed.
+    """
+    folder = Path(folder).absolute()
+    with _locked(folder):
+        plan.prepare(folder)
+        folders = _run_folders(plan.jobs(folder), folder / "runs")
+        with _Display(console or Console(), len(folders)) as display, _executor(ray) as executor:
+            for kind in ("reference", "run"):
+                _run_missing([run for run in folders if run.job.kind == kind], executor, display)
+    return [result for run in folders if (result := run.result()) is not None]
+
+
+def _run_folders(jobs: list[Job], root: Path) -> list[RunFolder]:
+    references = {job.label: RunFolder(job, root / job.key) for job in jobs if job.kind == "reference"}
+    return [
+        references[job.label]
+        if job.kind == "reference"
+        else RunFolder(job, root / job.key, references[job.reference] if job.reference else None)
+        for job in jobs
+    ]
+
+
+def _run_missing(folders: list[RunFolder], executor: Executor, display: _Display) -> None:
+    waiting: dict[Path, RunFolder] = {}  # the same job under two labels runs once
+    for run in folders:
+        reference = run.reference
+        if run.finished() or run.path in waiting:
+            display.reused()
+        elif reference is not None and not reference.finished():
+            failed = reference.result()
+            run.fail(f"Its reference {reference.job.label!r} failed: {failed.reason if failed else 'no result'}")
+            display.ended(run)
+        else:
+            waiting[run.path] = run
+    for run, death in executor.run(list(waiting.values()), display.update):
+        if death is None:
+            run.complete(executor.concurrent)
+        else:
+            run.fail(death)
+        display.ended(run)
+
+
+def _executor(ray: str | None) -> Executor:
+    if ray is not None:
+        from tokenwise.comparison.ray_jobs import RayCluster
+
+        return RayCluster(ray)
+    from tokenwise.comparison.local_jobs import LocalProcesses
+
+    return LocalProcesses()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other comparisons out of the folder. The system drops the lock of a process that dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            Problem(str(folder), "another comparison is at work in this folder.", "Wait for it, or use another folder.")
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Display(AbstractContextManager["_Display"]):
+    """Runs done, the current one with its loss, and the time left; on anything but a terminal a line per run."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._done = 0
+        self._live = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            speed_estimate_period=600,
+        )
+        self._bar = self._live.add_task("runs", total=total, now="")
+
+    def __enter__(self) -> _Display:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def update(self, run: RunFolder, event: dict[str, Any]) -> None:
+        """Show a progress event of a running job."""
+        if event["event"] == "progress":
+            now = f"{run.name}: {event['share']:.0%}, loss {event['loss']:.3f}"
+            self._live.update(self._bar, completed=self._done + event["share"], now=now)
+
+    def reused(self) -> None:
+        """Count a result that was there already."""
+        self._count()
+
+    def ended(self, run: RunFolder) -> None:
+        """Count a job that has just ended, and say how."""
+        self._count()
+        result = run.result()
+        if result is not None and result.quality is not None:
+            outcome = f"{result.quality.nats_per_token:.4f} nats/token, {result.costs.wall_seconds:.1f} s"
+        else:
+            outcome = f"failed. {result.reason if result else ''}"
+        if not self._console.is_terminal or (result is not None and result.status == "failed"):
+            line = f"[{self._done}/{self._total}] {run.name}: {outcome}"
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _count(self) -> None:
+        self._done += 1
+        self._live.update(self._bar, completed=self._done)
