@@ -1,0 +1,25 @@
+"""`tokenwise compare`: run a plan, live, and end with the table, the answer and the report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_EXIT_CODES = "Exit code 0 when at least one run of every method finished, 1 when a method has none, 2 for a bad plan."
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand to the command line."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare methods on your model and data at equal budgets",
+        description="Run the methods of a plan at equal budgets and answer which one to use. A comparison that was "
+        "stopped continues where it was; one that is complete answers at once.",
+        epilog=_EXIT_CODES,
+    )
+    parser.add_argument("plan", metavar="PLAN.yaml", type=Path, help="what to compare, on what, with which budget")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the results (default: results/<plan name>)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run the jobs on this Ray cluster (needs tokenwise[ray])")
+    parser.add_argument("--export", metavar="DIR", type=Path, help="write the winner's model, tokenizer and method here")
+    parser.add_argument("--method", metavar="LABEL", help="export this method instead of the winner")
+    parser.set_defaults(run=_run)
