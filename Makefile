@@ -15,7 +15,7 @@ help:
 	@echo "make lint     check style, formatting and types"
 	@echo "make format   put the code into the project's format"
 	@echo "make docs     build the documentation into site/"
-	@echo "make catalog  write src/tokenwise/catalog.json and docs/catalog.md anew from the methods' classes"
+	@echo "make catalog  write src/tokenwise/catalog.json anew from the methods' classes"
 	@echo "make clean    remove the environment and everything that was generated"
 
 test: $(VENV)/.installed-test

@@ -20,6 +20,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("plan", metavar="PLAN.yaml", type=Path, help="what to compare, on what, with which budget")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the results (default: results/<plan name>)")
     parser.add_argument("--ray", metavar="ADDRESS", help="run the jobs on this Ray cluster (needs tokenwise[ray])")
-    parser.add_argument("--export", metavar="DIR", type=Path, help="write the winner's model, tokenizer and method here")
+    parser.add_argument("--export", metavar="DIR", type=Path, help="write the winner, ready to load, to this folder")
     parser.add_argument("--method", metavar="LABEL", help="export this method instead of the winner")
     parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tokenwise.comparison import compare
+
+    if options.method is not None and options.export is None:
+        raise InputError(Problem("--method", "only says what to export.", "Add --export DIR."))
+    console = Console()
+    comparison = compare(options.plan, options.out, ray=options.ray, console=console)
+    comparison.print(console)
+    if options.export is not None:
+        folder = comparison.export(options.export, options.method)
+        console.print(f"Exported: {folder}", markup=False, highlight=False, soft_wrap=True)

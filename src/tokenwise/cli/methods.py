@@ -69,7 +69,7 @@ def _show(options: argparse.Namespace) -> int:
     console.print(entry["id"], style="bold", markup=False)
     console.print(entry["summary"], markup=False)
     console.print()
-    for name, value in _facts(entry):
+    for name, value in facts(entry):
         console.print(f"[bold]{name:<9}[/bold]", end="")
         console.print(value, markup=False, soft_wrap=True)
     console.print()
@@ -83,7 +83,8 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(entry: Entry) -> list[tuple[str, str]]:
+def facts(entry: Entry) -> list[tuple[str, str]]:
+    """Name and value of what the card says beside summary and fields."""
     paper = entry["paper"]
     source = "none: a control or standard practice"
     if paper:
