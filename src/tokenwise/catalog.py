@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ def load_class(name: str, where: str = "method", folder: Path | None = None) -> 
     if not path.is_file():
         raise InputError(missing_file(where, path))
     spec = importlib.util.spec_from_file_location(f"tokenwise_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # pydantic resolves annotations through it
     try:
@@ -120,10 +122,8 @@ def generate() -> list[dict[str, Any]]:
     def leaves(parent: type[Method]) -> list[type[Method]]:
         return [child for sub in parent.__subclasses__() for child in [sub, *leaves(sub)]]
 
-    classes = {
-        c for c in leaves(Method) if c.__module__.startswith("tokenwise.") and "card" in c.__dict__ and "/" in c.card.id
-    }
-    found = [_entry(c) for c in classes if c.card.family in FAMILIES]
+    classes = {c for c in leaves(Method) if c.__module__.startswith("tokenwise.")}
+    found = [_entry(c) for c in classes if not inspect.isabstract(c)]
     return sorted(found, key=lambda entry: entry["id"])
 
 

@@ -20,7 +20,8 @@ how the batch is split)."""
 
 Reduction = Literal["token_mean", "weight_mean", "nonzero_mean", "sequence_mean"]
 """What the weighted sum is divided by, over the whole optimizer step: the number of labels, the sum of the weights, the
-number of labels with a weight other than zero, or (after dividing by each sequence's length) the number of sequences."""
+number of labels with a weight other than zero, or (each sequence's sum first divided by its length) the number of
+sequences."""
 
 
 @dataclass
@@ -101,6 +102,8 @@ class TokenWeighter(Method):
     reads: ClassVar[frozenset[str]] = frozenset()
     """Which of ``nll``, ``entropy``, ``reference_nll`` and ``loss_weights`` the weights are made from."""
     reduction: ClassVar[Reduction] = "token_mean"
+    scope: ClassVar[str] = "token"
+    """Within which tokens the weights are formed (``token``, or a `Scope`); a field where the user may choose."""
     selects: ClassVar[bool] = False
     """Whether the weights are 0 or 1, so that a random choice of as many is a fair control."""
 
@@ -117,7 +120,6 @@ class PointwiseWeighter(TokenWeighter):
     """A weighter whose loss is a function of one token's own statistics: it runs inside the fused loss, in one pass."""
 
     kind: ClassVar[str] = "pointwise"
-    scope: ClassVar[str] = "token"
     reads: ClassVar[frozenset[str]] = frozenset({"nll"})
 
     @abstractmethod

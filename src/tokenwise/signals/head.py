@@ -1,0 +1,155 @@
+"""From hidden states to token statistics through the output head, one tile of rows at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a position that has none."""
+
+_TILE_BYTES = 128 * 2**20
+_LOW_MEMORY_TILE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The linear map from hidden states to logits: ``softcap * tanh(scale * (h @ weight.T + bias) / softcap)``.
+
+    Args:
+        weight: [vocabulary, hidden].
+        bias: [vocabulary], or None.
+        logit_scale: a constant factor on the logits.
+        softcap: the bound of the logits, or None for no bound.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The whole logits of `hidden` [..., hidden], for small inputs: [..., vocabulary]."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def compute_dtype(self, hidden: Tensor) -> torch.dtype:
+        """The type the matrix products run in: autocast's, or that of the hidden states."""
+        kind = hidden.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+    def logits_into(self, tile: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Write the logits of `hidden` [rows, hidden] into `tile` [rows, vocabulary] (fp32 or fp64).
+
+        `hidden` and `weight` are in the compute dtype already, so that the conversion happens once per call.
+        """
+        multiply_into(tile, hidden, weight.t())
+        if self.bias is not None:
+            tile.add_(self.bias)
+        if self.logit_scale != 1.0:
+            tile.mul_(self.logit_scale)
+        if self.softcap is not None:
+            tile.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out = left @ right``, where `out` may be wider (fp32) than the factors (bf16, fp16)."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif out.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` with the sum kept in `total`'s own (wider) type."""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        # CPU has no product of bf16 factors into fp32; rounding each tile's product to bf16 would bias the sum.
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
+
+
+def tile_rows(vocabulary: int, low_memory: bool = False) -> int:
+    """Rows per tile: 128 MiB of fp32 logits (64 MiB in low-memory mode), at least 16 rows."""
+    return max(16, (_LOW_MEMORY_TILE_BYTES if low_memory else _TILE_BYTES) // (4 * vocabulary))
+
+
+def row_tiles(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows, of equal length as far as possible."""
+    tiles = -(-rows // size)
+    bounds = [rows * index // tiles for index in range(tiles + 1)] if tiles else []
+    return (slice(start, stop) for start, stop in itertools.pairwise(bounds))
+
+
+@dataclass
+class TokenStatistics:
+    """Statistics of labelled tokens, each [tokens], fp32 (fp64 for fp64 models), detached.
+
+    Args:
+        nll: negative log-likelihood of the label in nats, at least 0.
+        entropy: entropy of the distribution over the vocabulary in nats, in [0, ln vocabulary]; None unless wanted.
+    """
+
+    nll: Tensor
+    entropy: Tensor | None = None
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    *,
+    rows: Tensor | None = None,
+    entropy: bool = False,
+    low_memory: bool = False,
+) -> TokenStatistics:
+    """Negative log-likelihood and, where wanted, entropy of each row, without ever holding all logits.
+
+    Args:
+        hidden: [positions, hidden].
+        head: the output head.
+        labels: label of each row, [rows], int64, none ignored.
+        rows: the positions to score, [rows], int64; all of them unless given.
+        entropy: whether to compute the entropy too (needs a second tile).
+        low_memory: halve the tile.
+    """
+    count = labels.shape[0]
+    dtype = head.compute_dtype(hidden)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = head.weight.to(dtype)
+    nll = torch.empty(count, dtype=wide, device=hidden.device)
+    entropies = torch.empty_like(nll) if entropy else None
+    size = min(tile_rows(head.vocabulary, low_memory), count)
+    tile = torch.empty(size, head.vocabulary, dtype=wide, device=hidden.device)
+    spare = torch.empty_like(tile) if entropy else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in row_tiles(count, size):
+            chosen = hidden[part] if rows is None else hidden.index_select(0, rows[part])
+            logits = tile[: chosen.shape[0]]
+            head.logits_into(logits, chosen.to(dtype), weight)
+            of_label = logits.gather(1, labels[part].unsqueeze(1)).squeeze(1)
+            largest = logits.amax(1)
+            if spare is None:
+                exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+            else:
+                exponentials = torch.sub(logits, largest.unsqueeze(1), out=spare[: chosen.shape[0]]).exp_()
+            total = exponentials.sum(1)
+            normalizer = largest + total.log()
+            nll[part] = (normalizer - of_label).clamp_min_(0)
+            if entropies is not None:
+                mean_logit = torch.bmm(exponentials.unsqueeze(1), logits.unsqueeze(2)).view(-1) / total
+                entropies[part] = (normalizer - mean_logit).clamp_min_(0)
+    return TokenStatistics(nll, entropies)

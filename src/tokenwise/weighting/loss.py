@@ -1,0 +1,274 @@
+"""The one weighted loss: fused with the output head, gradients made in the forward pass, logits never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenwise.errors import InputError, Problem
+from tokenwise.signals.head import IGNORED, OutputHead, add_product, multiply_into, row_tiles, tile_rows
+from tokenwise.weighting.base import PointwiseWeighter, TokenBatch
+
+Pointwise = Callable[[TokenBatch], tuple[Tensor, Tensor]]
+
+
+def weighted_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | PointwiseWeighter | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    denominator: Tensor | float | None = None,
+    low_memory: bool = False,
+) -> Tensor:
+    """Cross-entropy of a linear head with a weight per token: ``sum(w * nll) / denominator``.
+
+    Index t of `labels` and `weights` speaks of the prediction made from `hidden[t]`: shift before the call. Rows
+    with label -100 or weight 0 are left out before the matrix product. The gradients of `hidden`, `weight` and `bias`
+    are made in the forward pass, tile by tile (three matrix products, none recomputed), so `backward` can run once.
+
+    Args:
+        hidden: [..., hidden], any float type; products run in it (or in autocast's type), sums in fp32.
+        weight: [vocabulary, hidden].
+        labels: [...], int64, -100 where there is none.
+        weights: [...], finite, no gradient is taken through them; or a pointwise method, evaluated inside the tile;
+            None weighs every token 1.
+        bias: [vocabulary], or None.
+        softcap: bound of the logits as in Gemma 2, or None.
+        logit_scale: factor on the logits as in Cohere.
+        denominator: what the weighted sum is divided by; the number of labels unless given.
+        low_memory: use tiles of half the size.
+
+    Returns:
+        A scalar (fp32, or fp64 for fp64 inputs); a differentiable zero where no label is left.
+
+    Raises:
+        InputError: when the shapes do not fit.
+    """
+    if labels.shape != hidden.shape[:-1]:
+        raise InputError(
+            Problem("labels", f"has shape {tuple(labels.shape)}, hidden states have {tuple(hidden.shape[:-1])}.")
+        )
+    if isinstance(weights, Tensor) and weights.shape != labels.shape:
+        raise InputError(
+            Problem("weights", f"has shape {tuple(weights.shape)}, labels have {tuple(labels.shape)}.", "Align them.")
+        )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    targets = labels.reshape(-1)
+    rows = targets.ne(IGNORED).nonzero().squeeze(1)
+    head = OutputHead(weight, bias, logit_scale, softcap)
+    batch = TokenBatch(labels=targets[rows], sequence=torch.zeros_like(rows), sequences=1)
+    given: Tensor | Pointwise | None = None
+    if isinstance(weights, Tensor):
+        given = weights.reshape(-1)[rows]
+    elif weights is not None:
+        if weights.reads - {"nll", "entropy"}:
+            unread = ", ".join(sorted(weights.reads - {"nll", "entropy"}))
+            raise InputError(
+                Problem(
+                    "weights",
+                    f"{type(weights).__name__} reads {unread}, which is not here.",
+                    "Use weighted_loss, or give the weights as a tensor.",
+                )
+            )
+        given = weights.pointwise
+    reads_entropy = isinstance(weights, PointwiseWeighter) and "entropy" in weights.reads
+    total = weighted_sum(flat, head, rows, batch, given, entropy=reads_entropy, low_memory=low_memory).total
+    return total / (max(rows.shape[0], 1) if denominator is None else denominator)
+
+
+@dataclass
+class WeightedSum:
+    """What `weighted_sum` gives.
+
+    Args:
+        total: sum of the weighted losses, a scalar with gradient.
+        weights: weight of each token, [tokens], detached: the factor of its gradient.
+        nll: negative log-likelihood of each token in nats, [tokens], detached; NaN where it was never computed
+            because the weight is zero.
+    """
+
+    total: Tensor
+    weights: Tensor
+    nll: Tensor
+
+
+def weighted_sum(
+    hidden: Tensor,
+    head: OutputHead,
+    rows: Tensor,
+    batch: TokenBatch,
+    weights: Tensor | Pointwise | None,
+    *,
+    entropy: bool = False,
+    low_memory: bool = False,
+) -> WeightedSum:
+    """Sum of weighted token losses through the head, with its gradients made on the way.
+
+    Args:
+        hidden: [positions, hidden].
+        head: the output head.
+        rows: position of each labelled token, [tokens], int64.
+        batch: these tokens; its tensors are sliced along with the tiles for a pointwise function.
+        weights: [tokens], or a function from a TokenBatch with `nll` to (loss, d loss / d nll), or None for 1.
+        entropy: whether the pointwise function reads the entropy.
+        low_memory: use tiles of half the size.
+    """
+    kept = None
+    if isinstance(weights, Tensor):
+        weights = weights.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+        zero = weights == 0
+        if zero.any():
+            kept = (~zero).nonzero().squeeze(1)
+    used = batch if kept is None else TokenBatch(batch.labels[kept], batch.sequence[kept], batch.sequences)
+    used_rows = rows if kept is None else rows[kept]
+    used_weights = weights[kept] if kept is not None and isinstance(weights, Tensor) else weights
+    total, nll, slopes = _WeightedSum.apply(
+        hidden,
+        head.weight,
+        head.bias,
+        head,
+        used_rows,
+        used,
+        used_weights,
+        entropy,
+        low_memory,
+        torch.is_grad_enabled(),
+    )
+    if kept is not None:
+        assert isinstance(weights, Tensor)
+        nll = torch.full_like(weights, torch.nan, dtype=nll.dtype).index_copy_(0, kept, nll)
+        slopes = weights
+    return WeightedSum(total, slopes, nll)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Forward makes the loss and both gradients; backward multiplies them by the incoming scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: OutputHead,
+        rows: Tensor,
+        batch: TokenBatch,
+        weights: Tensor | Pointwise | None,
+        entropy: bool,
+        low_memory: bool,
+        wants_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
+        count, vocabulary = rows.shape[0], head.vocabulary
+        dtype = head.compute_dtype(hidden)
+        wide = torch.promote_types(dtype, torch.float32)
+        factors = weight.detach().to(dtype)
+        device = hidden.device
+
+        hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros(weight.shape, dtype=wide, device=device) if needs_weight else None
+        bias_gradient = torch.zeros(vocabulary, dtype=wide, device=device) if needs_bias else None
+        # Positions without a gap need neither a gather nor a scatter.
+        dense = count == hidden.shape[0]
+
+        nll = torch.empty(count, dtype=wide, device=device)
+        slopes = torch.empty_like(nll)
+        total = torch.zeros((), dtype=wide, device=device)
+        size = min(tile_rows(vocabulary, low_memory), count)
+        tile = torch.empty(size, vocabulary, dtype=wide, device=device)
+        spare = torch.empty_like(tile) if entropy or head.softcap is not None else None
+
+        with torch.autocast(device.type, enabled=False):
+            for part in row_tiles(count, size):
+                chosen = (hidden[part] if dense else hidden.index_select(0, rows[part])).to(dtype)
+                labels = batch.labels[part].unsqueeze(1)
+                logits = tile[: chosen.shape[0]]
+                head.logits_into(logits, chosen, factors)
+                of_label = logits.gather(1, labels).squeeze(1)
+                largest = logits.amax(1)
+                if spare is None:
+                    probabilities = torch.softmax(logits, 1, out=logits)
+                else:
+                    probabilities = torch.softmax(logits, 1, out=spare[: chosen.shape[0]])
+                # The largest probability is at least 1 / vocabulary, so its logarithm loses nothing.
+                normalizer = largest - probabilities.amax(1).log()
+                losses = (normalizer - of_label).clamp_min_(0)
+                nll[part] = losses
+                if callable(weights):
+                    seen = _slice(batch, part)
+                    seen.nll = losses
+                    if entropy:
+                        mean_logit = torch.bmm(probabilities.unsqueeze(1), logits.unsqueeze(2)).view(-1)
+                        seen.entropy = (normalizer - mean_logit).clamp_min_(0)
+                    values, slope = weights(seen)
+                elif weights is None:
+                    values, slope = losses, torch.ones_like(losses)
+                else:
+                    slope = weights[part]
+                    values = slope * losses
+                total += values.sum()
+                slopes[part] = slope
+                if not (needs_hidden or needs_weight or needs_bias):
+                    continue
+
+                # From here on the tile holds d total / d (h @ weight.T + bias).
+                gradient = probabilities
+                gradient.scatter_add_(1, labels, gradient.new_full((1, 1), -1.0).expand_as(labels))
+                if head.softcap is not None:
+                    gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1))
+                scale = slope if head.logit_scale == 1.0 else slope * head.logit_scale
+                if weights is not None or head.logit_scale != 1.0:
+                    gradient.mul_(scale.unsqueeze(1))
+                narrow = gradient.to(dtype)
+                if hidden_gradient is not None:
+                    if dense and hidden_gradient.dtype == dtype:
+                        multiply_into(hidden_gradient[part], narrow, factors)
+                    else:
+                        hidden_gradient.index_copy_(0, rows[part], (narrow @ factors).to(hidden.dtype))
+                if weight_gradient is not None:
+                    add_product(weight_gradient, narrow.t(), chosen)
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(0)
+
+        # Not save_for_backward: these are no inputs or outputs, and backward may scale them in place.
+        ctx.gradients = (
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(nll, slopes)
+        ctx.set_materialize_grads(False)
+        return total, nll, slopes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, incoming: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The weighted loss makes its gradients in the forward pass, so backward can run through it only once. "
+                "Run the forward pass again."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [
+            None if gradient is None or incoming is None else gradient.mul_(incoming.to(gradient.dtype))
+            for gradient in gradients
+        ]
+        return (*scaled, None, None, None, None, None, None, None)
+
+
+def _slice(batch: TokenBatch, part: slice) -> TokenBatch:
+    return replace(
+        batch,
+        labels=batch.labels[part],
+        sequence=batch.sequence[part],
+        reference_nll=None if batch.reference_nll is None else batch.reference_nll[part],
+        loss_weights=None if batch.loss_weights is None else batch.loss_weights[part],
+    )
