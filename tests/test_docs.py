@@ -1,7 +1,7 @@
 """Runs what the documentation shows, and checks that it fits together.
 
-A fenced block after ``<!-- run -->`` is run, one after ``<!-- file: NAME -->`` is written to that file; both in order, page
-by page, in an empty folder. A block of console lines runs each line that starts with ``$ tokenwise``.
+A fenced block after ``<!-- run -->`` is run, one after ``<!-- file: NAME -->`` is written to that file; both in order,
+page by page, in an empty folder. A block of console lines runs each line that starts with ``$ tokenwise``.
 """
 
 import importlib.util
@@ -20,7 +20,8 @@ from tokenwise.cli.main import main
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(
-    r"^<!-- (?P<action>run|file: (?P<file>\S+)) -->\n+```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^<!-- (?P<action>run|file: (?P<file>\S+)) -->\n+```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 

@@ -92,9 +92,13 @@ def test_an_error_of_our_own_is_not_hidden(methods_raise):
 
 
 def test_a_reader_that_leaves_is_no_traceback():
-    program = "import sys; from tokenwise.cli.main import main; sys.exit(main(['methods', '--json']))"
-    # Far more than a pipe holds, so that the write meets the closed end.
-    program = "import tokenwise.catalog as c; c.entries = lambda: {'x': {'family': 'f', 'y': 'z' * 1_000_000}}; " + program
+    program = (
+        "import sys, tokenwise.catalog\n"
+        "from tokenwise.cli.main import main\n"
+        # Far more than a pipe holds, so that the write meets the closed end.
+        "tokenwise.catalog.entries = lambda: {'x': {'y': 'z' * 1_000_000}}\n"
+        "sys.exit(main(['methods', '--json']))"
+    )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()

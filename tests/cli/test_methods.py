@@ -17,7 +17,12 @@ def entry(**changes):
         "class": "ExcessLoss",
         "module": "tokenwise.weighting.excess",
         "summary": "Keeps the tokens whose loss exceeds the reference's most.",
-        "paper": {"title": "A paper", "arxiv": "2404.07965", "venue": "NeurIPS 2024", "url": "https://arxiv.org/abs/2404.07965"},
+        "paper": {
+            "title": "A paper",
+            "arxiv": "2404.07965",
+            "venue": "NeurIPS 2024",
+            "url": "https://arxiv.org/abs/2404.07965",
+        },
         "needs": ["a reference model"],
         "status": "VERIFIED",
         "checked": "against toy numbers",
@@ -49,15 +54,13 @@ def test_table_names_every_method_of_the_catalog(capsys):
     out = capsys.readouterr().out
     assert len(catalog.entries()) > 3
     for each in catalog.entries().values():
-        assert re.search(rf"^{each['name']}\s", out, re.MULTILINE), each["name"]
+        assert re.search(rf"^  {each['name']} +\w", out, re.MULTILINE), each["name"]
 
 
 def test_table_has_paper_needs_and_status(one_entry, capsys):
     assert main(["methods", "--family", "weighting"]) == 0
     out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if line.startswith("excess_loss"))
-    for part in ("2404.07965", "a reference model", "verified"):
-        assert part in row
+    assert "arXiv 2404.07965, NeurIPS 2024; needs a reference model; verified" in out
 
 
 def test_json_is_the_catalog(capsys):
@@ -79,7 +82,13 @@ def test_unknown_method_suggests_the_nearest(one_entry, capsys):
 def test_show_is_the_whole_card(one_entry, capsys, name):
     assert main(["methods", "show", name]) == 0
     out = capsys.readouterr().out
-    shown = ["Keeps the tokens", "https://arxiv.org/abs/2404.07965", "a reference model", "against toy numbers", "(0, 1]"]
+    shown = [
+        "Keeps the tokens",
+        "https://arxiv.org/abs/2404.07965",
+        "a reference model",
+        "against toy numbers",
+        "(0, 1]",
+    ]
     for part in [*shown, "Share that stays.", "required", "weighting/random", plan_line(entry()), python_line(entry())]:
         assert part in out
 
@@ -91,10 +100,7 @@ def test_plan_line_is_yaml_with_the_defaults():
 
 def test_python_line_is_python_with_the_defaults():
     line = python_line(entry())
-    assert line == (
-        "tokenwise.weigh(trainer, tokenwise.weighting.ExcessLoss("
-        "keep=0.6, reference='./reference-model', switch='off'))"
-    )
+    assert line == ("tw.weigh(trainer, tw.weighting.ExcessLoss(keep=0.6, reference='./reference-model', switch='off'))")
     compile(line, "line", "eval")
 
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenwise.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _EXIT_CODES = "Exit code 0 when at least one run of every method finished, 1 when a method has none, 2 for a bad plan."
 
@@ -26,15 +33,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.method is not None and options.export is None:
+        raise InputError(Problem("--method", "only says what to export.", "Add --export DIR."))
+
     from rich.console import Console
 
     from tokenwise.comparison import compare
+    from tokenwise.comparison.terminal import print_conclusion
 
-    if options.method is not None and options.export is None:
-        raise InputError(Problem("--method", "only says what to export.", "Add --export DIR."))
     console = Console()
     comparison = compare(options.plan, options.out, ray=options.ray, console=console)
-    comparison.print(console)
+    conclusion = comparison.conclusion
+    print_conclusion(conclusion, console)
+    _say(console, f"Report: {comparison.report}")
     if options.export is not None:
-        folder = comparison.export(options.export, options.method)
-        console.print(f"Exported: {folder}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"Exported: {comparison.export(options.export, options.method)}")
+    elif conclusion.winner is not None:
+        command = ["tokenwise", "compare", str(options.plan), "--export", "DIR"]
+        if options.out is not None:
+            command[3:3] = ["--out", str(options.out)]
+        _say(console, f"Write out {conclusion.winner}, ready to load: {shlex.join(command)}")
+    return int(any(not row.finished for row in conclusion.rows))
+
+
+def _say(console: Console, line: str) -> None:
+    # Paths must survive copying: no wrapping, no markup.
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -65,21 +65,12 @@ def _read_text(argument: str) -> str:
 
 
 def _field(word: str) -> tuple[str, Any]:
-    import yaml
+    from tokenwise.comparison.yaml_file import parse_value
 
     name, equals, value = word.partition("=")
     if not equals or not name:
         raise InputError(Problem("-p", f"{word!r} is not a field and its value.", "Write -p keep=0.5."))
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return name, value
-    if isinstance(parsed, str):
-        try:
-            return name, float(parsed)  # 1e-3, which YAML takes for text
-        except ValueError:
-            return name, parsed
-    return name, parsed
+    return name, parse_value(value)
 
 
 def explain(model_name: str, text: str, method_name: str, fields: dict[str, Any]) -> TokenView:
@@ -96,25 +87,31 @@ def explain(model_name: str, text: str, method_name: str, fields: dict[str, Any]
     """
     from tokenwise import catalog
     from tokenwise.cli.token_view import TokenView
+    from tokenwise.models.load import load_tokenizer, locate, make_or_load_model, max_positions
+    from tokenwise.weighting.apply import token_weights
+    from tokenwise.weighting.base import TokenWeighter
 
     method = catalog.build({method_name: fields}, "--method")
-
-    from tokenwise.weighting.apply import token_weights
-
-    model, tokenizer = _load(model_name)
+    if not isinstance(method, TokenWeighter):
+        raise InputError(
+            Problem("--method", f"{method_name!r} gives no weights to tokens.", "See `tokenwise methods`.")
+        )
+    directory = locate(model_name, field="MODEL")
+    tokenizer = load_tokenizer(directory, "MODEL")
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
     if len(ids) < 2:
         message = f"has {len(ids)} tokens; the first is never predicted, so at least two are needed."
         raise InputError(Problem("TEXT", message))
-    if len(ids) > limit:
+    model = make_or_load_model(directory, seed=0, tokenizer=tokenizer, field="MODEL").eval()
+    limit = max_positions(model.config)
+    if limit is not None and len(ids) > limit:
         message = f"has {len(ids)} tokens, and the model reads at most {limit}."
         raise InputError(Problem("TEXT", message, "Give a shorter text."))
     found = token_weights(model, method, ids)
     return TokenView(
         title=f"{method_name} on {model_name}",
-        tokens=token_texts(text, encoded["offset_mapping"], tokenizer.convert_ids_to_tokens(ids)),
+        tokens=token_texts(text, encoded["offset_mapping"], list(tokenizer.convert_ids_to_tokens(ids))),
         weights=found.weights,
         nll=found.nll,
     )
@@ -132,15 +129,3 @@ def token_texts(text: str, offsets: list[tuple[int, int]], names: list[str]) -> 
         pieces.append(text[position:end] or name)
         position = max(position, end)
     return pieces
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise InputError(missing_file("MODEL", name))
-    try:
-        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(Problem("MODEL", f"{name!r} cannot be loaded: {reason}")) from error

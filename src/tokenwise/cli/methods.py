@@ -42,23 +42,32 @@ def _list(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(highlight=False)
     for family in sorted({entry["family"] for entry in entries}):
-        table = Table(title=family, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-        table.add_column("name", style="bold", no_wrap=True)
-        table.add_column("what it does", ratio=3)
-        table.add_column("paper", ratio=1)
-        table.add_column("needs", ratio=1)
-        table.add_column("status", no_wrap=True)
+        console.print(family, style="bold")
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column()
         for entry in entries:
             if entry["family"] == family:
-                paper = entry["paper"]["arxiv"] or entry["paper"]["venue"] if entry["paper"] else "-"
-                needs = ", ".join(entry["needs"]) or "-"
-                cells = (entry["name"], entry["summary"], paper, needs, entry["status"].lower())
-                table.add_row(*(Text(cell) for cell in cells))
+                table.add_row(f"  {entry['name']}", Text(_plain(entry["summary"])).append(f"\n{_origin(entry)}", "dim"))
         console.print(table)
-    console.print("\nOne in full: tokenwise methods show NAME", style="dim", highlight=False)
+    console.print("\nOne in full: tokenwise methods show NAME", style="dim")
     return 0
+
+
+def _origin(entry: Entry) -> str:
+    paper = entry["paper"]
+    source = "no paper"
+    if paper:
+        source = f"arXiv {paper['arxiv']}" if paper["arxiv"] else paper["title"]
+        source += f", {paper['venue']}" if paper["venue"] else ""
+    needs = [f"needs {', '.join(entry['needs'])}"] if entry["needs"] else []
+    return "; ".join([source, *needs, entry["status"].lower()])
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "")
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -67,10 +76,12 @@ def _show(options: argparse.Namespace) -> int:
     entry = catalog.find(options.name, where="NAME")
     console = Console(highlight=False)
     console.print(entry["id"], style="bold", markup=False)
-    console.print(entry["summary"], markup=False)
+    console.print(_plain(entry["summary"]), markup=False)
     console.print()
-    for name, value in facts(entry):
-        console.print(f"[bold]{name:<9}[/bold]", end="")
+    shown = facts(entry)
+    width = max(len(name) for name, _ in shown)
+    for name, value in shown:
+        console.print(f"[bold]{name:<{width}}[/bold]  ", end="")
         console.print(value, markup=False, soft_wrap=True)
     console.print()
     if entry["fields"]:
@@ -113,7 +124,7 @@ def _print_fields(console: Console, entry: Entry) -> None:
     table.add_column("description", ratio=2)
     for name, field in entry["fields"].items():
         default = "required" if field.get("required") else json.dumps(field["default"])
-        table.add_row(*(Text(cell) for cell in (name, default, field["range"] or "-", field["description"])))
+        table.add_row(*(Text(cell) for cell in (name, default, field["range"] or "-", _plain(field["description"]))))
     console.print(table)
 
 
@@ -130,7 +141,7 @@ def python_line(entry: Entry) -> str:
     """The call that puts the method into effect, every field at its default."""
     values = _values(entry, reference="./reference-model")
     fields = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    return f"tokenwise.weigh(trainer, tokenwise.{entry['family']}.{entry['class']}({fields}))"
+    return f"tw.weigh(trainer, tw.{entry['family']}.{entry['class']}({fields}))"
 
 
 def _values(entry: Entry, reference: str) -> dict[str, Any]:
