@@ -130,7 +130,7 @@ def generate() -> list[dict[str, Any]]:
 def _entry(method_class: type[Method]) -> dict[str, Any]:
     card = method_class.card
     schema = method_class.model_json_schema()["properties"] if method_class.model_fields else {}
-    fields = {}
+    fields: dict[str, dict[str, Any]] = {}
     for name, field in method_class.model_fields.items():
         description = schema[name]
         limits = [

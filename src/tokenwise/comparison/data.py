@@ -59,7 +59,9 @@ def find_files(patterns: str | Sequence[str], folder: Path, field: str = "data")
             if not glob.has_magic(entry):
                 problems.append(missing_file(where, path))
                 continue
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if not Path(match).is_dir()]
+            matches = [
+                Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if not Path(match).is_dir()
+            ]
             if not matches:
                 problems.append(Problem(where, f"no file matches {str(path)!r}."))
         problems += [problem for match in matches if (problem := _kind_problem(match, where))]

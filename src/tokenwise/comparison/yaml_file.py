@@ -86,4 +86,6 @@ def _syntax_problem(path: Path, error: yaml.MarkedYAMLError) -> Problem:
     what = error.problem or error.context or "cannot be read"
     if "'\\t'" in what:
         return Problem(where, "a tab stands where YAML wants spaces.", "Indent with spaces.")
-    return Problem(where, f"this is not YAML: {what}{f' ({error.context})' if error.problem and error.context else ''}.")
+    return Problem(
+        where, f"this is not YAML: {what}{f' ({error.context})' if error.problem and error.context else ''}."
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.signals.head import OutputHead
@@ -14,18 +15,18 @@ from tokenwise.signals.head import OutputHead
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: nn.Module) -> Any:
     """The model under a PEFT or data-parallel wrapper."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+            model = model.get_base_model()  # type: ignore[operator]
         else:
             return model
 
 
-def output_head(model: nn.Module) -> OutputHead:
+def output_head(model: PreTrainedModel) -> OutputHead:
     """The head of a causal language model, its tensors as they are now (shared, not copied).
 
     Raises:
@@ -51,7 +52,7 @@ def output_head(model: nn.Module) -> OutputHead:
     return OutputHead(head.weight, getattr(head, "bias", None), 1.0 if scale is None else float(scale), softcap)
 
 
-def last_hidden(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
+def last_hidden(model: PreTrainedModel, *args: Any, **inputs: Any) -> Tensor:
     """The hidden states that the head reads, [batch, tokens, hidden]."""
     inputs["use_cache"] = False
     inputs["return_dict"] = True
@@ -60,7 +61,7 @@ def last_hidden(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Check on four tokens that backbone and head, put together by us, give the model's own logits.
 
     Raises:
@@ -84,7 +85,7 @@ def check_head(model: nn.Module) -> None:
         raise _unknown_layout(model, f"its logits differ from backbone and head put together by {gap:.3g}")
 
 
-def _unknown_layout(model: nn.Module, reason: str) -> InputError:
+def _unknown_layout(model: PreTrainedModel, reason: str) -> InputError:
     return InputError(
         Problem(
             "model",

@@ -198,16 +198,30 @@ def make_or_load_model(
             torch.random.default_generator.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     directory = locate(spec, field=field)
-    config = read_config(directory, field)
+    check_tokenizer_fits(read_config(directory, field), tokenizer, field)
+    return load_model(directory, field)
+
+
+def load_model(name: str | Path, field: str = "model") -> PreTrainedModel:
+    """A causal language model from a local directory or a hub id, in fp32 on the CPU, without its tokenizer.
+
+    Raises:
+        InputError: when it cannot be loaded, or its weights are incomplete.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    directory = locate(name, field=field)
+    read_config(directory, field)
     check_weights(directory, field)
-    check_tokenizer_fits(config, tokenizer, field)
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def top_quantile(scores: Tensor, keep: float, groups: Tensor | None = None) -> T
     return _top(scores, lambda available: math.floor(keep * (available - 1) + 1e-9) + 1 if available else 0, groups)
 
 
-def _top(scores: Tensor, count, groups: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+def _top(scores: Tensor, count: Callable[[int], int], groups: Tensor | None) -> Tensor:
     mask = torch.zeros_like(scores, dtype=torch.bool)
     order = torch.sort(scores, descending=True, stable=True).indices
     if groups is None:

@@ -92,8 +92,8 @@ class TokenWeighter(Method):
     """Gives every labelled token a detached weight of at least zero; the loss is then the weighted cross-entropy.
 
     A subclass sets `reads`, `reduction` and `weights`. A field or class variable `scope` says within which tokens
-    the weights are formed; the framework hands `weights` exactly these tokens (for ``sequence``, a batch of whole
-    sequences).
+    the weights are formed; without one each token stands for itself. The framework hands `weights` the micro-batch,
+    or for the scope ``step`` all tokens of the optimizer step.
     """
 
     family: ClassVar[str] = "weighting"
@@ -102,8 +102,6 @@ class TokenWeighter(Method):
     reads: ClassVar[frozenset[str]] = frozenset()
     """Which of ``nll``, ``entropy``, ``reference_nll`` and ``loss_weights`` the weights are made from."""
     reduction: ClassVar[Reduction] = "token_mean"
-    scope: ClassVar[str] = "token"
-    """Within which tokens the weights are formed (``token``, or a `Scope`); a field where the user may choose."""
     selects: ClassVar[bool] = False
     """Whether the weights are 0 or 1, so that a random choice of as many is a fair control."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from tokenwise.policies.weights import group_mean, softmax_weights
 from tokenwise.signals.losses import centred_min_max
 from tokenwise.weighting.base import State, TokenBatch, TokenWeighter
 
-SHAPES = {
+SHAPES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "lin_upper": lambda h, bound: torch.clamp(h + bound, max=bound),
     "quadratic": lambda h, bound: 1 - (h / bound) ** 2,
     "extremes": lambda h, bound: h.abs(),

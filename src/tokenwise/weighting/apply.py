@@ -1,0 +1,283 @@
+"""The verb: `weigh` a trainer or a model, or compute one weighted loss by hand."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from tokenwise.errors import InputError, Problem
+from tokenwise.method import Handle
+from tokenwise.models.head import base_of, check_head, last_hidden
+from tokenwise.models.patch import replace_attribute
+from tokenwise.models.reference import ReferenceModel
+from tokenwise.signals.head import IGNORED
+from tokenwise.weighting.base import Run, State, TokenWeighter
+from tokenwise.weighting.forward import COLUMNS, Weighed, WeightedForward, shifted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Weighing(Handle):
+    """A model, or a trainer and its model, training under a method until `undo`.
+
+    Attributes:
+        method: the method.
+        state: what the run of the method accumulated, or None.
+        stats: sums and means over the micro-batches so far: ``labels``, ``labels_trained`` (weight other than zero),
+            ``mean_weight``, ``kept_share``, ``effective_sample_size`` (as a share of the labels) and ``nll`` (mean
+            unweighted loss over the tokens whose loss was computed).
+    """
+
+    def __init__(self, forward: WeightedForward):
+        super().__init__()
+        self.forward = forward
+        self.method = forward.method
+        self.state = forward.state
+        self._sums = dict.fromkeys(("labels", "labels_trained", "weight", "weight_squared", "nll", "nll_labels"), 0.0)
+
+    @torch.no_grad()
+    def observe(self, weighed: Weighed) -> None:
+        """Add one micro-batch to `stats`."""
+        known = ~weighed.nll.isnan() if weighed.nll.shape == weighed.weights.shape else weighed.weights != 0
+        found = torch.stack(
+            [
+                weighed.weights.count_nonzero().double(),
+                weighed.weights.double().sum(),
+                weighed.weights.double().square().sum(),
+                weighed.nll[known].double().sum(),
+                known.sum().double(),
+            ]
+        ).tolist()
+        sums = self._sums
+        sums["labels"] += weighed.labels
+        for name, value in zip(("labels_trained", "weight", "weight_squared", "nll", "nll_labels"), found, strict=True):
+            sums[name] += value
+        count = max(sums["labels"], 1)
+        self.stats.update(
+            labels=sums["labels"],
+            labels_trained=sums["labels_trained"],
+            mean_weight=sums["weight"] / count,
+            kept_share=sums["labels_trained"] / count,
+            effective_sample_size=sums["weight"] ** 2 / max(sums["weight_squared"], 1e-30) / count,
+            nll=sums["nll"] / max(sums["nll_labels"], 1),
+        )
+
+    def correct_gradients(self, num_items_in_batch: Tensor | int) -> float:
+        """Turn gradients divided by the number of labels into gradients divided by the method's own denominator.
+
+        For loops that accumulate gradients: call it after the last backward of the step, before clipping, with the
+        number that every ``model(..., num_items_in_batch=...)`` of the step was given. (On a Trainer this happens by
+        itself.) Methods whose denominator is the number of labels need no correction and get none.
+
+        Returns:
+            The factor the gradients were multiplied by.
+        """
+        pending, self.forward.pending = self.forward.pending, None
+        if pending is None:
+            return 1.0
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(pending)
+        factor = float(num_items_in_batch) / float(pending) if pending else 1.0
+        gradients = [p.grad for p in self.forward.model.parameters() if p.grad is not None]
+        if gradients and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        return factor
+
+
+def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, low_memory: bool = False) -> Weighing:
+    """Train with weighted tokens: from now on the model's loss while training is the method's.
+
+    Patches `forward` on the model's instance (in evaluation mode it does what it always did), so that data
+    parallelism and PEFT work as before; on a Trainer also the counting of labels, the correction of denominators that
+    depend on the weights themselves, and the checkpoints (the method's state is saved and restored with them).
+
+    Args:
+        target: a transformers Trainer, or a causal language model for a loop of your own. In a loop with gradient
+            accumulation pass ``num_items_in_batch`` to the model, and call `Weighing.correct_gradients`.
+        method: the method.
+        seed: seed of the method's own draws; on a Trainer its `args.seed` is used.
+        low_memory: halve the tile in which logits exist.
+
+    Returns:
+        A handle: `undo()` or leaving its ``with`` block puts everything back.
+
+    Raises:
+        InputError: when the model or the trainer's settings cannot work with it, before anything is patched.
+    """
+    if not isinstance(method, TokenWeighter):
+        raise InputError(Problem("method", f"{method!r} is no weighting method.", "See `tokenwise methods`."))
+    if isinstance(target, Trainer):
+        from tokenwise.weighting.trainer import check_trainer, connect
+
+        check_trainer(target, method)
+        assert target.model is not None
+        handle = _weigh_model(target.model, method, target.args.seed, target.args.process_index, low_memory)
+        connect(target, handle)
+        return handle
+    return _weigh_model(target, method, seed, 0, low_memory)
+
+
+def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool) -> Weighing:
+    model = base_of(target)
+    check_model(model)
+    state = method.start(Run(seed=seed, rank=rank, device=model.device))
+    forward = WeightedForward(model, method, state, load_reference(model, method), low_memory)
+    handle = Weighing(forward)
+    forward.observe = handle.observe
+    original = model.forward
+    active = True
+
+    @functools.wraps(original)
+    def weighted(*args: Any, **inputs: Any) -> Any:
+        has_labels = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
+        if active and model.training and has_labels:
+            return forward(*args, **inputs)
+        for name in COLUMNS:
+            inputs.pop(name, None)
+        return original(*args, **inputs)
+
+    # The Trainer keeps the data columns that the signature names.
+    signature = inspect.signature(original)
+    parameters = list(signature.parameters.values())
+    rest = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+    columns = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in COLUMNS]
+    plain = [parameter for parameter in parameters if parameter not in rest]
+    weighted.__signature__ = signature.replace(parameters=[*plain, *columns, *rest])  # type: ignore[attr-defined]
+    weighted.tokenwise = handle  # type: ignore[attr-defined]
+    handle.on_undo(replace_attribute(model, "forward", weighted))
+
+    def stop() -> None:
+        nonlocal active
+        active = False
+
+    handle.on_undo(stop)
+    return handle
+
+
+def check_model(model: Any) -> None:
+    """Refuse what the weighted loss does not know, before anything is patched.
+
+    Raises:
+        InputError: naming what does not fit and the way out.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(Problem("model", f"{type(model).__name__} is no transformers model."))
+    if hasattr(model.forward, "tokenwise"):
+        raise InputError(
+            Problem(
+                "model", "is weighed already.", "Undo that handle first; two weightings of one loss exclude another."
+            )
+        )
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            Problem(
+                "model", f"{type(model).__name__} is an encoder-decoder model.", "Weighting needs a decoder-only one."
+            )
+        )
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise InputError(
+            Problem(
+                "model.config.output_router_logits",
+                "adds a router loss to the model's loss, which the weighted loss would drop.",
+                "Set it to False.",
+            )
+        )
+    check_head(model)
+
+
+def weighted_loss(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    method: TokenWeighter,
+    *,
+    state: State | None = None,
+    low_memory: bool = False,
+) -> Tensor:
+    """The weighted loss of one batch, for hand-written loops: nothing is patched, nothing remembered.
+
+    Divided by the denominator of this batch alone; a loop that accumulates gradients uses `weigh` and
+    `Weighing.correct_gradients`.
+
+    Args:
+        model: a causal language model.
+        batch: the model's inputs with ``labels`` [batch, tokens] (-100 where there is none), and the columns the
+            method reads (``loss_weights``, ``reference_nll``), index t speaking of label t. A method with a reference
+            model reads ``reference_nll`` here; `weigh` loads the reference itself, once.
+        method: the method.
+        state: what ``method.start(...)`` gave, for methods that keep a state.
+        low_memory: halve the tile in which logits exist.
+
+    Returns:
+        A scalar with gradient; a differentiable zero when every label is -100.
+
+    Raises:
+        InputError: when labels or a column are missing.
+    """
+    if batch.get("labels") is None:
+        raise InputError(
+            Problem("batch.labels", "is missing.", "Give labels [batch, tokens], -100 where there is none.")
+        )
+    loss = WeightedForward(model, method, state, low_memory=low_memory)(**batch).loss
+    assert loss is not None
+    return loss
+
+
+@dataclass
+class TokenWeights:
+    """What a method makes of one text.
+
+    Args:
+        weights: weight of each token; None for the first, which has no prediction.
+        nll: loss of each token in nats; None for the first, and where the method never computed it.
+    """
+
+    weights: list[float | None]
+    nll: list[float | None]
+
+
+@torch.no_grad()
+def token_weights(
+    model: PreTrainedModel, method: TokenWeighter, input_ids: Tensor | list[int], seed: int = 0
+) -> TokenWeights:
+    """The weight that a method gives each token of a text, under the model as it is.
+
+    Args:
+        model: a causal language model.
+        method: the method; its reference is loaded where it has one.
+        input_ids: the text, [tokens] or [1, tokens], at least two tokens.
+        seed: seed of the method's own draws.
+
+    Raises:
+        InputError: when the text is too short or the model cannot be weighed.
+    """
+    ids = torch.as_tensor(input_ids, device=model.device).reshape(1, -1)
+    if ids.shape[1] < 2:
+        raise InputError(Problem("text", "has fewer than two tokens, so nothing is predicted.", "Give a longer text."))
+    check_model(model)
+    was_training = model.training
+    model.eval()
+    try:
+        forward = WeightedForward(
+            model, method, method.start(Run(seed, device=model.device)), load_reference(model, method)
+        )
+        found = forward.weigh(last_hidden(model, input_ids=ids), shifted(ids, IGNORED), {}, (), {"input_ids": ids})
+    finally:
+        model.train(was_training)
+    return TokenWeights(
+        weights=[None, *found.weights.tolist()],
+        nll=[None, *(None if math.isnan(value) else value for value in found.nll.tolist())],
+    )
+
+
+def load_reference(model: PreTrainedModel, method: TokenWeighter) -> ReferenceModel | None:
+    """The reference model that the method names, loaded; None for methods without one."""
+    path = getattr(method, "reference", None)
+    return None if path is None else ReferenceModel(path, model)

@@ -1,0 +1,237 @@
+"""The weighted forward pass of one model under one method: what the patched `model.forward` does while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tokenwise.errors import InputError, Problem
+from tokenwise.models.head import last_hidden, output_head
+from tokenwise.models.reference import ReferenceModel
+from tokenwise.signals.head import IGNORED, token_statistics
+from tokenwise.weighting.base import PointwiseWeighter, State, TokenBatch, TokenWeighter
+from tokenwise.weighting.loss import Pointwise, weighted_sum
+
+COLUMNS = ("loss_weights", "reference_nll")
+"""What a batch may carry beside the model's own inputs: [batch, tokens], index t speaks of label t."""
+
+
+@dataclass
+class Weighed:
+    """The weighted loss of one micro-batch before the division.
+
+    Args:
+        total: sum of the weighted token losses, a scalar with gradient.
+        denominator: what this micro-batch adds to the method's denominator, a detached scalar.
+        labels: how many labels there are.
+        weights: the factor of each label's gradient, [labels].
+        nll: negative log-likelihood of each label in nats, [labels]; NaN where it was never computed.
+        rows: position of each label's prediction in the flattened batch, [labels].
+    """
+
+    total: Tensor
+    denominator: Tensor
+    labels: int
+    weights: Tensor
+    nll: Tensor
+    rows: Tensor
+
+
+def shifted(values: Tensor, fill: float) -> Tensor:
+    """Values [batch, tokens] that speak of label t, moved to the position t - 1 that predicts it."""
+    return torch.nn.functional.pad(values[:, 1:], (0, 1), value=fill)
+
+
+class WeightedForward:
+    """Computes the loss of `model` under `method`.
+
+    Attributes:
+        step: optimizer steps finished.
+        whole_step: whether each micro-batch is a whole optimizer step by itself, so that its denominator is final.
+        pending: the method's own denominator gathered since the step began; losses were divided by the number of
+            labels meanwhile, and the gradients are corrected before the optimizer step. None when there is nothing
+            to correct.
+        scored: filled instead of training while it is a list: the tokens of each micro-batch of a step.
+        observe: called with every `Weighed` that trains.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: TokenWeighter,
+        state: State | None,
+        reference: ReferenceModel | None = None,
+        low_memory: bool = False,
+    ):
+        self.model = model
+        self.method = method
+        self.state = state
+        self.reference = reference
+        self.low_memory = low_memory
+        self.step = 0
+        self.whole_step = False
+        self.pending: Tensor | None = None
+        self.scored: list[TokenBatch] | None = None
+        self.observe: Callable[[Weighed], None] | None = None
+
+    def __call__(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        token_weights: Tensor | None = None,
+        **inputs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The model's output with the weighted loss and no logits.
+
+        Args:
+            labels: [batch, tokens]; or `shift_labels`, moved already.
+            num_items_in_batch: labels of the whole optimizer step over all processes; of this batch unless given.
+            token_weights: weights decided beforehand for the labels of this batch, [labels].
+            inputs: the backbone's inputs, and any of `COLUMNS`.
+        """
+        columns = {name: shifted(inputs.pop(name), 0) for name in COLUMNS if name in inputs}
+        targets = shift_labels if labels is None else shifted(labels, IGNORED)
+        assert targets is not None
+        hidden = last_hidden(self.model, *args, **inputs)
+        if self.scored is not None:
+            batch, rows = self._batch(targets, columns, args, inputs)
+            self._score(hidden, batch, rows)
+            self.scored.append(batch)
+            return CausalLMOutputWithPast(loss=hidden.new_zeros(()))
+        result = self.weigh(hidden, targets, columns, args, inputs, token_weights)
+        if self.observe is not None:
+            self.observe(result)
+        divisor = result.denominator
+        if num_items_in_batch is not None and not (self.whole_step and self.method.reduction != "token_mean"):
+            divisor = torch.as_tensor(num_items_in_batch).to(result.total)
+            if self.method.reduction != "token_mean":
+                self.pending = result.denominator + (0 if self.pending is None else self.pending)
+        return CausalLMOutputWithPast(loss=cast(Any, result.total / divisor.where(divisor != 0, 1.0)))
+
+    def weigh(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        columns: dict[str, Tensor],
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+        token_weights: Tensor | None = None,
+    ) -> Weighed:
+        """The weighted sum and the denominator of one micro-batch; targets and columns are shifted already."""
+        batch, rows = self._batch(targets, columns, args, inputs)
+        method = self.method
+        weights: Tensor | Pointwise
+        if token_weights is not None:
+            weights = token_weights.to(hidden.device)
+        elif isinstance(method, PointwiseWeighter):
+            weights = method.pointwise
+        else:
+            self._score(hidden, batch, rows)
+            weights = self.decide(batch)
+        per_sequence = None
+        if method.reduction == "sequence_mean":
+            per_sequence = 1 / torch.bincount(batch.sequence, minlength=batch.sequences).float()
+            if isinstance(weights, Tensor):
+                weights = weights * per_sequence[batch.sequence]
+            else:
+                weights = _scaled(weights, per_sequence)
+        summed = weighted_sum(
+            hidden.reshape(-1, hidden.shape[-1]),
+            output_head(self.model),
+            rows,
+            batch,
+            weights,
+            entropy="entropy" in method.reads,
+            low_memory=self.low_memory,
+        )
+        count = rows.shape[0]
+        if method.reduction == "weight_mean":
+            denominator = summed.weights.sum()
+        elif method.reduction == "nonzero_mean":
+            denominator = summed.weights.count_nonzero()
+        else:
+            denominator = torch.tensor(count if method.reduction == "token_mean" else batch.sequences)
+        factors = summed.weights if per_sequence is None else summed.weights / per_sequence[batch.sequence]
+        nll = summed.nll if batch.nll is None else batch.nll
+        return Weighed(summed.total, denominator.to(summed.total), count, factors, nll, rows)
+
+    def decide(self, batch: TokenBatch) -> Tensor:
+        """The method's weights of these tokens, checked for their shape: [tokens]."""
+        weights = self.method.weights(batch, self.state)
+        if weights.shape != batch.labels.shape:
+            name = type(self.method).__name__
+            raise InputError(
+                Problem(
+                    f"{name}.weights",
+                    f"gave shape {tuple(weights.shape)} for {batch.labels.shape[0]} tokens.",
+                    "Return one weight for each token of the batch.",
+                )
+            )
+        return weights.detach()
+
+    def _batch(
+        self, targets: Tensor, columns: dict[str, Tensor], args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> tuple[TokenBatch, Tensor]:
+        labels = targets.reshape(-1)
+        rows = labels.ne(IGNORED).nonzero().squeeze(1)
+        ids = _sequence_ids(targets, inputs.get("position_ids")).reshape(-1)[rows]
+        names, sequence = torch.unique(ids, return_inverse=True)
+        batch = TokenBatch(labels[rows], sequence, names.shape[0], self.step)
+        for name in self.method.reads & set(COLUMNS):
+            if name in columns:
+                setattr(batch, name, columns[name].reshape(-1)[rows].float())
+            elif name == "reference_nll" and self.reference is not None:
+                batch.reference_nll = self.reference.nll(rows, batch.labels, *args, **inputs)
+            else:
+                raise InputError(
+                    Problem(
+                        name,
+                        f"{type(self.method).__name__} reads the column {name!r}, which the batch does not have.",
+                        "Give it with the batch, shaped and aligned like labels.",
+                    )
+                )
+        return batch, rows
+
+    def _score(self, hidden: Tensor, batch: TokenBatch, rows: Tensor) -> None:
+        """One pass over the head, none over the backbone, for the statistics that the weights are made from."""
+        if not {"nll", "entropy"} & self.method.reads:
+            return
+        found = token_statistics(
+            hidden.detach().reshape(-1, hidden.shape[-1]),
+            output_head(self.model),
+            batch.labels,
+            rows=rows,
+            entropy="entropy" in self.method.reads,
+            low_memory=self.low_memory,
+        )
+        batch.nll, batch.entropy = found.nll, found.entropy
+
+
+def _scaled(pointwise: Pointwise, per_sequence: Tensor) -> Pointwise:
+    def scaled(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        value, slope = pointwise(batch)
+        factor = per_sequence[batch.sequence]
+        return value * factor, slope * factor
+
+    return scaled
+
+
+def _sequence_ids(targets: Tensor, position_ids: Tensor | None) -> Tensor:
+    """A different number for each sequence, rising along the flattened batch: [batch, tokens].
+
+    A row is one sequence, unless positions say that several were packed into it: each time they do not count up.
+    """
+    rows, length = targets.shape
+    row = torch.arange(rows, device=targets.device).unsqueeze(1) * length
+    if position_ids is None or position_ids.dim() != 2:
+        return row.expand(rows, length)
+    starts = torch.nn.functional.pad(position_ids.diff(dim=1) <= 0, (1, 0)).expand(rows, length)
+    return row + starts.cumsum(1)
