@@ -41,9 +41,11 @@ def _run(options: argparse.Namespace) -> int:
     fields = dict(_field(word) for word in options.fields)
 
     from rich.console import Console
+    from transformers.utils import logging
 
     from tokenwise.cli.token_view import print_view, write_html
 
+    logging.disable_progress_bar()
     view = explain(options.model, text, options.method, fields)
     console = Console()
     print_view(console, view)
@@ -121,11 +123,11 @@ def token_texts(text: str, offsets: list[tuple[int, int]], names: list[str]) -> 
     """The piece of the text that each token stands for; joined they give the text, special tokens apart.
 
     What lies between two tokens goes to the later one. A character that several tokens share goes to the first of
-    them. A token without any text of its own shows its name.
+    them; the others show a dot. A special token shows its name.
     """
     pieces = []
     position = 0
-    for (_, end), name in zip(offsets, names, strict=True):
-        pieces.append(text[position:end] or name)
+    for (start, end), name in zip(offsets, names, strict=True):
+        pieces.append(text[position:end] or (name if start == end else "·"))
         position = max(position, end)
     return pieces
