@@ -47,7 +47,7 @@ clean:
 # The stamps record what is installed, so that each step runs once and again only when the requirements change.
 $(VENV)/.created:
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "tokenwise needs Python 3.11 or newer, and $(or $(PYTHON),no python3 here) is not." >&2; \
+		echo "tokenwise needs Python 3.11 or newer, and $(or $(PYTHON),python3) is older or missing." >&2; \
 		echo "Install one, or say where it is: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.12" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,7 @@
+import ast
 import io
+import math
+import re
 
 import pytest
 
@@ -51,3 +54,60 @@ def test_missing_file_is_named(tmp_path, capsys):
     (tmp_path / "text.txt").touch()
     assert main(["explain", "./model", f"@{tmp_path / 'texd.txt'}", "--method", "uniform"]) == 2
     assert "text.txt'?" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    """A tiny random model with its tokenizer."""
+    from tokenwise.models.load import make_or_load_model, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["def add(first, second):\n    return first + second\n"] * 3, vocab_size=280)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "llama", "max_position_embeddings": 32, **sizes}
+    make_or_load_model({"config": config}, seed=0, tokenizer=tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_weights_are_drawn_and_written(saved_model, tmp_path, capsys):
+    text, page = "def add(first):\n    return 1", tmp_path / "page.html"
+    arguments = ["--method", "top_entropy", "-p", "keep=0.25", "--html", str(page)]
+    assert main(["explain", saved_model, text, *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"top_entropy (keep 0.25) on {saved_model}"
+    rows = [line.split(maxsplit=2) for line in lines[2:-2]]
+    assert "".join(ast.literal_eval(token) for _, _, token in rows) == text
+    assert rows[0][0] == "-"
+    weights = [float(weight) for weight, _, _ in rows[1:]]
+    assert set(weights) == {0.0, 1.0}
+    # At or above the interpolated quantile.
+    assert sum(weights) == math.floor(0.25 * (len(weights) - 1) + 1e-9) + 1
+    assert "<h1>top_entropy (keep 0.25) on" in page.read_text(encoding="utf-8")
+
+
+def test_uniform_weighs_every_token_one(saved_model):
+    view = explain.explain(saved_model, "def add", "uniform", {})
+    assert view.weights == [None] + [1.0] * (len(view.tokens) - 1)
+    assert all(loss > 0 for loss in view.nll[1:])
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("x", [], "at least two"),
+        ("x y z " * 30, [], "reads at most 32"),
+        ("def add", ["-p", "kep=0.5"], "Did you mean 'keep'?"),
+        ("def add", ["-p", "keep=0"], "must|greater"),
+    ],
+)
+def test_unusable_input_is_one_clear_message(saved_model, capsys, text, arguments, message):
+    assert main(["explain", saved_model, text, "--method", "top_entropy", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err)
+    assert captured.out == ""
+
+
+def test_missing_model_is_named(tmp_path, capsys):
+    assert main(["explain", str(tmp_path / "absent"), "some text", "--method", "uniform"]) == 2
+    assert "absent" in capsys.readouterr().err

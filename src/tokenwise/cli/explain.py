@@ -111,8 +111,9 @@ def explain(model_name: str, text: str, method_name: str, fields: dict[str, Any]
         message = f"has {len(ids)} tokens, and the model reads at most {limit}."
         raise InputError(Problem("TEXT", message, "Give a shorter text."))
     found = token_weights(model, method, ids)
+    settings = f" ({', '.join(f'{name} {value}' for name, value in fields.items())})" if fields else ""
     return TokenView(
-        title=f"{method_name} on {model_name}",
+        title=f"{method_name}{settings} on {model_name}",
         tokens=token_texts(text, encoded["offset_mapping"], list(tokenizer.convert_ids_to_tokens(ids))),
         weights=found.weights,
         nll=found.nll,
