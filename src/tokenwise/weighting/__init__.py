@@ -5,17 +5,28 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_BASES = ("PointwiseWeighter", "Run", "State", "TokenBatch", "TokenWeighter")
+_PUBLIC = {
+    "PointwiseWeighter": "base",
+    "Run": "base",
+    "State": "base",
+    "TokenBatch": "base",
+    "TokenWeighter": "base",
+    "TokenWeights": "apply",
+    "Weighing": "apply",
+    "token_weights": "apply",
+    "weigh": "apply",
+    "weighted_linear_cross_entropy": "loss",
+    "weighted_loss": "apply",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The methods and their base classes under one name, loaded on first use: listing the catalog needs none of them.
-    from tokenwise import catalog
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"tokenwise.weighting.{_PUBLIC[name]}"), name)
+    if name[:1].isupper():
+        from tokenwise import catalog
 
-    modules = {entry["class"]: entry["module"] for entry in catalog.entries().values() if entry["family"] == "weighting"}
-    modules |= dict.fromkeys(_BASES, "tokenwise.weighting.base")
-    if name not in modules:
-        raise AttributeError(f"module 'tokenwise.weighting' has no attribute {name!r}")
-    value = getattr(importlib.import_module(modules[name]), name)
-    globals()[name] = value
-    return value
+        for entry in catalog.entries().values():
+            if entry["family"] == "weighting" and entry["class"] == name:
+                return getattr(importlib.import_module(entry["module"]), name)
+    raise AttributeError(f"module 'tokenwise.weighting' has no attribute {name!r}")
