@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.export is not None:
         _say(console, f"Exported: {comparison.export(options.export, options.method)}")
     elif conclusion.winner is not None:
-        command = ["tokenwise", "compare", str(options.plan), "--export", "DIR"]
-        if options.out is not None:
-            command[3:3] = ["--out", str(options.out)]
-        _say(console, f"Write out {conclusion.winner}, ready to load: {shlex.join(command)}")
+        _say(console, f"Write out {conclusion.winner}, ready to load: {comparison.command} --export DIR")
     return int(any(not row.finished for row in conclusion.rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ class Comparison:
         results: of every job, finished and failed, in the plan's order.
         conclusion: the answer with the figures behind it; `conclusion.sentence` says it in one sentence.
         report: the report, one self-contained HTML file.
+        command: what repeats it in a terminal.
     """
 
     plan: Plan
@@ -31,6 +33,7 @@ class Comparison:
     results: list[Result]
     conclusion: Conclusion
     report: Path
+    command: str
 
     def export(self, folder: str | Path, method: str | None = None) -> Path:
         """Write a trained model with its tokenizer and the method's configuration, ready to load.
@@ -76,7 +79,15 @@ def compare(
     checked = read_plan(plan)
     folder = Path("results", Path(plan).stem) if out is None else Path(out)
     results = run_comparison(checked, folder, ray=ray, console=console)
-    conclusion = conclude(results, checked.summary())
+    command = shlex.join(["tokenwise", "compare", str(plan), "--out", str(folder)])
+    summary = {
+        **checked.summary(),
+        "seeds": list(checked.seeds),
+        "budget": str(checked.budget),
+        "folder": str(folder),
+        "command": command,
+    }
+    conclusion = conclude(results, summary)
     report = folder / "report.html"
-    write_report(conclusion, results, checked.summary(), report)
-    return Comparison(checked, folder, results, conclusion, report)
+    write_report(report, conclusion, results, Path(plan).read_text(encoding="utf-8"), summary)
+    return Comparison(checked, folder, results, conclusion, report, command)
