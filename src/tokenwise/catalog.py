@@ -91,7 +91,7 @@ def build(spec: Any, where: str = "method", folder: Path | None = None) -> Metho
         InputError: with every problem of the spec, the fields named as ``<where>.<name>.<field>``.
     """
     if isinstance(spec, str):
-        name, fields = spec, {}
+        name, fields = spec, dict[str, Any]()
     elif isinstance(spec, Mapping) and len(spec) == 1:
         name, fields = next(iter(spec.items()))
         fields = {} if fields is None else fields

@@ -330,7 +330,7 @@ class Windows:
 
     def save(self, stream: IO[bytes]) -> None:
         """Write to an open file."""
-        np.savez(stream, allow_pickle=False, **vars(self))
+        np.savez(stream, **vars(self))
 
     @classmethod
     def load(cls, path: Path | str) -> Windows:

@@ -142,8 +142,7 @@ def make_entries(listed: list[Listed], baseline: str, problems: list[Problem]) -
         return []
     if baseline == "uniform" and not any(baseline in entry.names() for entry in listed):
         listed = [Listed("baseline", "uniform", method=catalog.build("uniform", "baseline")), *listed]
-    built = [entry for entry in listed if entry.method is not None]
-    _refuse_repeats(built, problems)
+    built = _without_repeats([entry for entry in listed if entry.method is not None], problems)
     controls = {control.identity(): control for entry in built for control in _control(entry)}
     here = {entry.identity() for entry in built}
     everything = built + [control for identity, control in controls.items() if identity not in here]
@@ -177,12 +176,13 @@ def make_entries(listed: list[Listed], baseline: str, problems: list[Problem]) -
     ]
 
 
-def _refuse_repeats(built: list[Listed], problems: list[Problem]) -> None:
+def _without_repeats(built: list[Listed], problems: list[Problem]) -> list[Listed]:
     first: dict[str, Listed] = {}
     for entry in built:
         same = first.setdefault(entry.identity(), entry)
         if same is not entry:
             problems.append(Problem(entry.where, f"is the same method as {same.where}.", "Remove one of them."))
+    return list(first.values())
 
 
 def _control(entry: Listed) -> Iterator[Listed]:

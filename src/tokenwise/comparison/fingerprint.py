@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import tokenwise
+
 _MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 
 
@@ -40,8 +42,8 @@ def of_tokenizer(directory: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
-    names = ("tokenwise", "torch", "transformers", "tokenizers")
-    return {name: importlib.metadata.version(name) for name in names}
+    others = ("torch", "transformers", "tokenizers")
+    return {"tokenwise": tokenwise.__version__, **{name: importlib.metadata.version(name) for name in others}}
 
 
 def _files(directory: Path, suffixes: set[str]) -> str:

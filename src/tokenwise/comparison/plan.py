@@ -24,6 +24,7 @@ from tokenwise.comparison.sections import (
     Reference,
     Task,
     Training,
+    check_held_out,
     collect,
     existing_reference,
     problems_of,
@@ -88,7 +89,7 @@ class Plan:
             for name, reference in self.references.items():
                 if reference.model is not None:
                     with collect(problems):
-                        load.check_same_vocabulary(tokenizer, reference.model, f"references.{name}")
+                        load.check_same_vocabulary(tokenizer, reference.model, f"reference {name}")
         if problems:
             raise InputError(problems)
 
@@ -289,14 +290,16 @@ def read_plan(path: Path | str) -> Plan:
     references = _read_references(listed, raw, values.get("references", {}), folder, problems)
     task, budget, training = values.get("task"), values.get("budget"), values.get("training", Training())
     if task is not None:
-        problems += _data_problems(task, references)
+        for name, reference in references.items():
+            with collect(problems):
+                check_held_out(reference.train_on or (), task.data.eval, f"references.{name}.train_on")
         problems += _budget_problems(task, training, budget, references)
         if isinstance(task.model.tokenizer, Path):
             tokenizer = load.load_tokenizer(task.model.tokenizer)
             for name, reference in references.items():
                 if reference.model is not None:
                     with collect(problems):
-                        load.check_same_vocabulary(tokenizer, reference.model, f"references.{name}")
+                        load.check_same_vocabulary(tokenizer, reference.model, f"reference {name}")
     entries = make_entries(listed, values.get("baseline", "uniform"), problems)
     if problems or task is None or budget is None:
         raise InputError(problems)
@@ -313,6 +316,7 @@ def _read_references(
     names = {str(name) for name in raw["references"]} if isinstance(raw.get("references"), Mapping) else set()
     references = dict(defined)
     used = set()
+    misspelt = False
     for entry in listed:
         name = reference_of(entry)
         if not isinstance(name, str):
@@ -324,21 +328,13 @@ def _read_references(
         if "/" not in name and not (folder / name).exists():
             fix = nearest(name, names, "Define it under references, or write a directory.")
             problems.append(Problem(where, f"there is no reference {name!r}.", fix))
+            misspelt = True
             continue
         with collect(problems):
             references[name] = Reference.model_construct(model=existing_reference(name, folder, where))
-    unused = sorted(names - used)
+    unused = [] if misspelt else sorted(names - used)
     problems += [Problem(f"references.{name}", "is used by no method.", "Remove it.") for name in unused]
     return references
-
-
-def _data_problems(task: Task, references: dict[str, Reference]) -> Iterator[Problem]:
-    trained_on = {"task.data.train": task.data.train}
-    trained_on |= {f"references.{name}.train_on": entry.train_on or () for name, entry in references.items()}
-    for where, files in trained_on.items():
-        for path in sorted(set(files) & set(task.data.eval)):
-            message = f"{str(path)!r} is also in task.data.eval."
-            yield Problem(where, message, "Held-out text must not be trained on.")
 
 
 def _budget_problems(

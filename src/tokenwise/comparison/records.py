@@ -28,6 +28,7 @@ class Job:
         reference: name of the reference this job waits for, or None.
         inputs: fingerprints of what the job reads (data, model, own code) and of the package versions. They stand in
             the key for the entries of `task` that say where these things lie (`LOCATIONS`).
+        control: label of the random choice at the same budget that this method must also beat, or None.
     """
 
     LOCATIONS: ClassVar[frozenset[str]] = frozenset(
@@ -43,12 +44,13 @@ class Job:
     budget: dict[str, Any]
     reference: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    control: str | None = None
 
     @property
     def key(self) -> str:
         """A name for the result that changes whenever anything that decides it changes. Labels and roles do not count,
         nor does where the files lie."""
-        decisive = {name: value for name, value in asdict(self).items() if name not in ("label", "role")}
+        decisive = {name: value for name, value in asdict(self).items() if name not in ("label", "role", "control")}
         decisive["task"] = {name: value for name, value in self.task.items() if name not in self.LOCATIONS}
         text = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:20]

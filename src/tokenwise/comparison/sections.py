@@ -64,6 +64,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
 
 
+def check_held_out(train: tuple[Path, ...], held_out: tuple[Path, ...], where: str) -> None:
+    """Refuse to train on the files that the result is measured on."""
+    shared = sorted(set(train) & set(held_out))
+    if shared:
+        fix = "Held-out text must not be trained on."
+        raise InputError(Problem(where, f"{str(path)!r} is also in task.data.eval.", fix) for path in shared)
+
+
 class Data(_Section):
     """Where the text is."""
 
@@ -73,6 +81,11 @@ class Data(_Section):
     """Held-out text to measure on."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
     """Name of the field or column that holds the text."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        check_held_out(self.train, self.eval, ".train")
+        return self
 
 
 class NewTokenizer(_Section):
@@ -146,8 +159,13 @@ def _tokenizer(value: Any, info: ValidationInfo) -> Path | NewTokenizer:
     raise InputError(Problem("", f"{shorten(value)} is not a tokenizer.", fix))
 
 
+def _config(fields: dict[str, Any]) -> dict[str, Any]:
+    load.make_config(fields, field="")
+    return fields
+
+
 class _NewModel(_Section):
-    config: dict[str, Any]
+    config: Annotated[dict[str, Any], AfterValidator(_config)]
     """The model's type and sizes, such as {model_type: llama, hidden_size: 128, ...}."""
     tokenizer: Annotated[Path | NewTokenizer, PlainValidator(_tokenizer)]
     """A directory, or {train: byte_bpe, vocab_size: 2048}."""
@@ -314,8 +332,14 @@ def problems_of(error: ValidationError, kind: Any, where: str) -> Iterator[Probl
         elif item["type"] in ("tuple_type", "list_type"):
             yield Problem(field, f"{shorten(value)} is not a list.", f"Write [{shorten(value)}], for example.")
         elif item["type"] in ("model_type", "dict_type"):
-            known = f"Its keys: {', '.join(owner.model_fields)}." if owner is not None else ""
-            yield Problem(field, f"{shorten(value)} is not a mapping.", known)
+            keys = getattr(_owner(kind, [*location, ""]), "model_fields", {})
+            yield Problem(field, f"{shorten(value)} is not a mapping.", f"Its keys: {', '.join(keys)}." if keys else "")
+        elif item["type"] == "too_short":
+            yield Problem(field, "is an empty list.")
+        elif item["type"].startswith("int_"):
+            yield Problem(field, f"{shorten(value)} is not a whole number.")
+        elif item["type"].startswith("float_"):
+            yield Problem(field, f"{shorten(value)} is not a number.")
         elif item["type"] == "string_type":
             yield Problem(field, f"{shorten(value)} is not text.", "Write it in quotes.")
         else:

@@ -72,6 +72,14 @@ def read_yaml(path: Path) -> Any:
     return content
 
 
+def parse_value(text: str) -> Any:
+    """A value as it would be written in a YAML file; the text itself where it is not YAML."""
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError:
+        return text
+
+
 def _syntax_problem(path: Path, error: yaml.MarkedYAMLError) -> Problem:
     mark = error.problem_mark or error.context_mark
     where = f"{path.name} line {mark.line + 1} column {mark.column + 1}" if mark else path.name

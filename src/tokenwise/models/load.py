@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -50,18 +51,12 @@ def locate(name: str | Path, folder: Path | None = None, field: str = "model", w
     try:
         return Path(snapshot_download(str(name), allow_patterns=files, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        beside = missing_file(field, path).fix
-        raise InputError(
-            Problem(
-                field,
-                f"there is no directory {str(path)!r}, and the hub model {str(name)!r} cannot be reached ({reason}).",
-                beside
-                if beside.startswith("Did you mean")
-                else f"Download it where there is a network and write its local directory, "
-                f"such as ./{Path(name).name}.",
-            )
-        ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        message = f"there is no directory {str(path)!r}, and no hub model {str(name)!r} within reach ({reason})."
+        similar = missing_file(field, path).fix
+        download = f"Download it where there is a network and write its local directory, such as ./{path.name}."
+        fix = similar if similar.startswith("Did you mean") else download
+        raise InputError(Problem(field, message, fix)) from error
 
 
 def read_config(directory: Path, field: str = "model") -> PreTrainedConfig:
@@ -85,7 +80,7 @@ def read_config(directory: Path, field: str = "model") -> PreTrainedConfig:
         raise InputError(Problem(field, f"{str(file)!r} is not a model configuration ({error!r}).")) from error
     _check_model_type(model_type, f"{field} ({file.name})", values.get("architectures"))
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the config classes raise errors of many kinds of their own
         raise InputError(Problem(field, f"{str(file)!r} cannot be used: {_one_line(error)}.")) from error
     _check_causal(config, field)
@@ -151,10 +146,12 @@ def make_config(
         values = {"vocab_size": largest_id(tokenizer) + 1, **filled, **values}
     try:
         config = config_class(**values)
+        _check_causal(config, field)
         count_parameters(config)
+    except InputError:
+        raise
     except Exception as error:  # the config and model classes raise errors of many kinds of their own
         raise InputError(Problem(field, f"no model can be made from it: {_one_line(error)}.")) from error
-    _check_causal(config, field)
     if tokenizer is not None:
         check_tokenizer_fits(config, tokenizer, f"{field}.vocab_size")
     return config
@@ -163,10 +160,9 @@ def make_config(
 def count_parameters(config: PreTrainedConfig) -> int:
     """How many parameters a model of this configuration has; nothing is allocated."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return int(_auto_model().from_config(copy.deepcopy(config)).num_parameters())
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -190,13 +186,14 @@ def make_or_load_model(
         InputError: when the model cannot be made or loaded, or does not fit the tokenizer.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    model: PreTrainedModel
     if isinstance(spec, Mapping):
         config = make_config(spec["config"], tokenizer, f"{field}.config")
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            torch.default_generator.manual_seed(seed)
+            model = _auto_model().from_config(config, dtype=torch.float32)
+        return model
     directory = locate(spec, field=field)
     check_tokenizer_fits(read_config(directory, field), tokenizer, field)
     return load_model(directory, field)
@@ -209,19 +206,17 @@ def load_model(name: str | Path, field: str = "model") -> PreTrainedModel:
         InputError: when it cannot be loaded, or its weights are incomplete.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     directory = locate(name, field=field)
     read_config(directory, field)
     check_weights(directory, field)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    model, loading = _auto_model().from_pretrained(
         directory,
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
     )
-    model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -271,7 +266,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    fast_class: Any = PreTrainedTokenizerFast
+    fast: PreTrainedTokenizerBase = fast_class(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    return fast
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -326,8 +323,7 @@ def _check_model_type(model_type: Any, field: str, architectures: list[str] | No
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        suggestion = nearest(str(model_type), CAUSAL)
-        fix = suggestion if suggestion.startswith("Did you") else "Write one such as llama, gpt2 or qwen3."
+        fix = nearest(str(model_type), CAUSAL, "Write one such as llama, gpt2 or qwen3.")
         raise InputError(Problem(field, f"there is no model type {model_type!r}.", fix))
     if model_type not in CAUSAL or (architectures and not set(architectures) & set(CAUSAL.values())):
         what = (architectures or [model_type])[0]
@@ -345,6 +341,12 @@ def _check_causal(config: PreTrainedConfig, field: str) -> None:
     if config.model_type in MASKED and not getattr(config, "is_decoder", True):
         message = f"a {config.model_type!r} model sees the tokens it should predict."
         raise InputError(Problem(field, message, "Set is_decoder: true in its config, or use a causal model."))
+
+
+def _auto_model() -> Any:  # its stubs know nothing of output_loading_info
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
 
 
 def _one_line(error: Exception) -> str:

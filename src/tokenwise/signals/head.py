@@ -88,7 +88,7 @@ def tile_rows(vocabulary: int, low_memory: bool = False) -> int:
 
 def row_tiles(rows: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` rows, of equal length as far as possible."""
-    tiles = -(-rows // size)
+    tiles = -(-rows // size) if rows else 0
     bounds = [rows * index // tiles for index in range(tiles + 1)] if tiles else []
     return (slice(start, stop) for start, stop in itertools.pairwise(bounds))
 

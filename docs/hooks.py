@@ -1,0 +1,53 @@
+"""Fills the pages' lists of methods from the catalog, so that they cannot go stale.
+
+A page says where: ``<!-- methods: weighting -->`` becomes a table of the family, ``<!-- cards -->`` every card.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tokenwise import catalog
+from tokenwise.cli.methods import facts, plan_line, python_line
+
+Entry = dict[str, Any]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs with each page's source."""
+    entries = list(catalog.entries().values())
+    markdown = re.sub(
+        r"<!-- methods: (\w+) -->",
+        lambda found: table([entry for entry in entries if entry["family"] == found[1]]),
+        markdown,
+    )
+    return markdown.replace("<!-- cards -->", "\n\n".join(card(entry) for entry in entries))
+
+
+def table(entries: list[Entry]) -> str:
+    """One row per method, linked to its card."""
+    rows = ["| method | what it does | paper | needs |", "|---|---|---|---|"]
+    for entry in entries:
+        paper = entry["paper"]
+        source = f"[{paper['title']}]({paper['url']})" if paper and paper["url"] else paper["title"] if paper else "-"
+        needs = ", ".join(entry["needs"]) or "-"
+        name = f"[`{entry['name']}`](catalog.md#{entry['name']})"
+        rows.append(_row(name, entry["summary"], source, needs))
+    return "\n".join(rows)
+
+
+def card(entry: Entry) -> str:
+    """Everything the catalog knows of a method."""
+    lines = [f"## {entry['name']} {{ #{entry['name']} }}", "", entry["summary"], ""]
+    lines += [f"- **{name}**: {value}" for name, value in facts(entry)]
+    if entry["fields"]:
+        lines += ["", "| field | default | range | description |", "|---|---|---|---|"]
+        for name, field in entry["fields"].items():
+            default = "required" if field.get("required") else f"`{field['default']}`"
+            lines.append(_row(f"`{name}`", default, field["range"] or "-", field["description"]))
+    return "\n".join([*lines, "", "```yaml", plan_line(entry), "```", "", "```python", python_line(entry), "```"])
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,313 @@
+"""Which one should I use? The results of a comparison, concluded in rows and one sentence."""
+
+from __future__ import annotations
+
+import math
+import statistics as descriptive
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tokenwise.comparison.formatting import decimals_for
+from tokenwise.comparison.records import Costs, Quality, Result
+from tokenwise.comparison.sentence import answer
+from tokenwise.comparison.statistics import LEVEL, Interval, difference
+
+FEW_DOCUMENTS = 20
+
+Verdict = Literal["baseline", "better", "worse", "no difference", "not finite", "not comparable", "failed"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run (or the training of a reference) that did not finish."""
+
+    label: str
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a comparison found out about one method.
+
+    Args:
+        label: its name in the comparison.
+        role: as in `Job`.
+        settings: its hyper-parameters, by name.
+        finished: the seeds whose run finished.
+        planned: how many runs there were to be.
+        nats_per_token: held-out loss, mean over finished seeds; None when no run finished.
+        spread: standard deviation of it between seeds; None below two seeds.
+        lowest: smallest loss of a seed.
+        highest: largest loss of a seed.
+        bits_per_byte: mean over finished seeds.
+        versus_baseline: method minus baseline; None for the baseline, and where no seed was finished by both.
+        control: label of the random control, or None.
+        versus_control: method minus control, or None.
+        verdict: against the baseline alone.
+        costs: means over finished seeds (peak memory: the largest), the reference's apart.
+        reference_costs: what training its reference cost, or None without one.
+        relative_flops: FLOPs with the reference's, over the baseline's; None where either is not measured.
+        relative_seconds: the same of the wall time; None also where it is not comparable.
+        failures: the runs that failed.
+    """
+
+    label: str
+    role: Literal["baseline", "control", "candidate"]
+    settings: dict[str, Any]
+    finished: tuple[int, ...]
+    planned: int
+    nats_per_token: float | None
+    spread: float | None
+    lowest: float | None
+    highest: float | None
+    bits_per_byte: float | None
+    versus_baseline: Interval | None
+    control: str | None
+    versus_control: Interval | None
+    verdict: Verdict
+    costs: Costs
+    reference_costs: Costs | None
+    relative_flops: float | None
+    relative_seconds: float | None
+    failures: tuple[Failure, ...]
+
+    @property
+    def beats_control(self) -> bool:
+        """Whether it is shown to be better than its random control, or needs none."""
+        return self.control is None or (self.versus_control is not None and self.versus_control.below_zero)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The answer of a comparison.
+
+    Args:
+        sentence: the answer to "which one should I use?".
+        winner: the label it names, or None.
+        baseline: label of the baseline.
+        rows: one per method, the baseline first.
+        failures: every run and reference that failed.
+        level: of each interval, corrected for the number of methods compared.
+        compared: how many methods were compared with the baseline.
+        seeds: how many seeds were planned.
+        documents: how many held-out documents.
+        held_out_tokens: how many labels they have.
+        decimals: how many decimals differences deserve.
+        notes: what a reader must know of these numbers, one sentence each.
+    """
+
+    sentence: str
+    winner: str | None
+    baseline: str
+    rows: tuple[Row, ...]
+    failures: tuple[Failure, ...]
+    level: float
+    compared: int
+    seeds: int
+    documents: int
+    held_out_tokens: int
+    decimals: int
+    notes: tuple[str, ...]
+
+    @property
+    def seconds_comparable(self) -> bool:
+        """Whether no run had another beside it while it was timed."""
+        costs = [cost for row in self.rows for cost in (row.costs, row.reference_costs) if cost is not None]
+        return all(cost.seconds_comparable for cost in costs)
+
+
+def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conclusion:
+    """Conclude a comparison.
+
+    Args:
+        results: of every job, in the plan's order; references may be among them.
+        plan_summary: ``baseline`` (its label) and ``seeds`` are read.
+
+    Raises:
+        ValueError: when runs were evaluated on different held-out documents.
+    """
+    baseline = plan_summary["baseline"]
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if result.job.kind == "run":
+            groups.setdefault(result.job.label, []).append(result)
+    groups = dict(sorted(groups.items(), key=lambda item: item[0] != baseline))  # stable: the plan's order otherwise
+    roles = {label: group[0].job.role for label, group in groups.items()}
+    compared = [label for label, role in roles.items() if role == "candidate"]
+    compared = compared or [label for label in groups if label != baseline]
+    level = 1 - (1 - LEVEL) / max(len(compared), 1)
+    planned = len(plan_summary["seeds"])
+    rows = tuple(_row(group, groups, baseline, level, planned) for group in groups.values())
+
+    held_out = next((result.quality for group in groups.values() for result in group if result.quality), None)
+    documents, tokens = (len(held_out.tokens), sum(held_out.tokens)) if held_out else (0, 0)
+    intervals = [i for row in rows for i in (row.versus_baseline, row.versus_control) if i is not None]
+    decimals = decimals_for((interval.high - interval.low) / 2 for interval in intervals)
+
+    def between(first: Row, second: Row) -> Interval | None:
+        return _difference(groups[first.label], groups[second.label], level)
+
+    sentence, winner = answer(rows, baseline, compared, between, decimals)
+    return Conclusion(
+        sentence=sentence,
+        winner=winner,
+        baseline=baseline,
+        rows=rows,
+        failures=tuple(_failure(result) for result in results if result.status == "failed"),
+        level=level,
+        compared=len(compared),
+        seeds=planned,
+        documents=documents,
+        held_out_tokens=tokens,
+        decimals=decimals,
+        notes=tuple(_notes(rows, level, len(compared), documents, planned)),
+    )
+
+
+def _row(group: list[Result], groups: dict[str, list[Result]], baseline: str, level: float, planned: int) -> Row:
+    job = group[0].job
+    finished = [result for result in group if result.status == "finished"]
+    losses = [result.quality.nats_per_token for result in finished if result.quality]
+    bits = [result.quality.bits_per_byte for result in finished if result.quality]
+    versus_baseline = None if job.label == baseline else _difference(group, groups.get(baseline, []), level)
+    versus_control = _difference(group, groups.get(job.control, []), level) if job.control is not None else None
+    costs, reference_costs = _own_costs(group), _reference_costs(group)
+    baseline_costs = _own_costs(groups.get(baseline, []))
+    return Row(
+        label=job.label,
+        role=job.role,
+        settings=dict(next(iter(job.method.values()), None) or {}),
+        finished=tuple(result.job.seed for result in finished),
+        planned=max(planned, len(group)),
+        nats_per_token=descriptive.fmean(losses) if losses else None,
+        spread=_deviation(losses),
+        lowest=min(losses, default=None),
+        highest=max(losses, default=None),
+        bits_per_byte=descriptive.fmean(bits) if bits else None,
+        versus_baseline=versus_baseline,
+        control=job.control,
+        versus_control=versus_control,
+        verdict=_verdict(losses, job.label == baseline, versus_baseline),
+        costs=costs,
+        reference_costs=reference_costs,
+        relative_flops=_relative("flops", costs, reference_costs, baseline_costs),
+        relative_seconds=_relative("wall_seconds", costs, reference_costs, baseline_costs),
+        failures=tuple(_failure(result) for result in group if result.status == "failed"),
+    )
+
+
+def _verdict(losses: list[float], is_baseline: bool, interval: Interval | None) -> Verdict:
+    if not losses:
+        return "failed"
+    if not math.isfinite(sum(losses)):
+        return "not finite"
+    if is_baseline:
+        return "baseline"
+    if interval is None or not interval.finite:
+        return "not comparable"
+    if interval.below_zero:
+        return "better"
+    return "worse" if interval.above_zero else "no difference"
+
+
+def _failure(result: Result) -> Failure:
+    reference = result.job.kind == "reference"
+    label = f"reference {result.job.label}" if reference else result.job.label
+    return Failure(label, result.job.seed, result.reason or "no reason was recorded")
+
+
+def _deviation(losses: list[float]) -> float | None:
+    """Standard deviation between seeds, NaN where a loss is not finite, None below two."""
+    if len(losses) < 2:
+        return None
+    return descriptive.stdev(losses) if math.isfinite(sum(losses)) else math.nan
+
+
+def _difference(group: list[Result], others: list[Result], level: float) -> Interval | None:
+    runs, baselines = _qualities(group), _qualities(others)
+    return difference(runs, baselines, level) if runs.keys() & baselines.keys() else None
+
+
+def _qualities(group: list[Result]) -> dict[int, Quality]:
+    finished = (result for result in group if result.status == "finished")
+    return {result.job.seed: result.quality for result in finished if result.quality is not None}
+
+
+def _own_costs(group: list[Result]) -> Costs:
+    return _mean_costs([result.costs for result in group if result.status == "finished"])
+
+
+def _reference_costs(group: list[Result]) -> Costs | None:
+    charged = [result.reference_costs for result in group if result.status == "finished"]
+    found = [costs for costs in charged if costs is not None]
+    return _mean_costs(found) if found else None
+
+
+def _mean_costs(costs: list[Costs]) -> Costs:
+    """Means (the largest for peak memory); what one run did not measure is not measured."""
+
+    def mean(name: str) -> Any:
+        values = [getattr(cost, name) for cost in costs]
+        return None if not values or None in values else descriptive.fmean(values)
+
+    def whole(name: str) -> int | None:
+        value = mean(name)
+        return None if value is None else round(value)
+
+    peaks = [cost.peak_memory_bytes for cost in costs]
+    known_peaks = [peak for peak in peaks if peak is not None]
+    return Costs(
+        flops=mean("flops"),
+        wall_seconds=mean("wall_seconds"),
+        peak_memory_bytes=max(known_peaks) if peaks and len(known_peaks) == len(peaks) else None,
+        tokens_seen=whole("tokens_seen"),
+        tokens_trained=whole("tokens_trained"),
+        steps=whole("steps"),
+        seconds_comparable=all(cost.seconds_comparable for cost in costs),
+    )
+
+
+def _relative(name: str, costs: Costs, reference: Costs | None, baseline: Costs) -> float | None:
+    parts = [costs] if reference is None else [costs, reference]
+    values: list[float | None] = [getattr(part, name) for part in parts]
+    known = [value for value in values if value is not None]
+    unit: float | None = getattr(baseline, name)
+    if not unit or len(known) < len(values):
+        return None
+    if name == "wall_seconds" and not all(part.seconds_comparable for part in (*parts, baseline)):
+        return None
+    return sum(known) / unit
+
+
+def _notes(rows: Sequence[Row], level: float, compared: int, documents: int, planned: int) -> list[str]:
+    """What a reader must know of these numbers, in whole sentences."""
+    if not any(row.versus_baseline for row in rows):
+        return []
+    notes = []
+    if compared > 1:
+        notes.append(
+            f"Each interval is at {level:.1%}, which makes {LEVEL:.0%} for the {compared} methods compared together "
+            "(Bonferroni)."
+        )
+    if all(row.versus_baseline.seeds == 1 for row in rows if row.versus_baseline):
+        notes.append("With one seed only the held-out documents are resampled: nothing is known of other seeds.")
+    two = [row.label for row in rows if row.versus_baseline and row.versus_baseline.seeds == 2]
+    if two:
+        notes.append(f"Two seeds ({', '.join(two)}) say little of a third, so their interval is wide.")
+    if documents == 1:
+        notes.append("There is one held-out document: nothing is known of other documents.")
+    elif documents < FEW_DOCUMENTS:
+        notes.append(f"With {documents} held-out documents intervals may be too narrow; use {FEW_DOCUMENTS} or more.")
+    undecided = [row.versus_baseline for row in rows if row.verdict == "no difference" and row.role == "candidate"]
+    widest = max(((interval.high - interval.low) / 2 for interval in undecided if interval), default=0.0)
+    if math.isfinite(widest) and widest > 0:
+        notes.append(
+            f"No difference shown does not mean none: one below about {widest:.2g} nats/token could hide in these "
+            "intervals; more seeds and more held-out text narrow them."
+        )
+    unfinished = [f"{row.label} {len(row.finished)} of {row.planned}" for row in rows if len(row.finished) < planned]
+    if unfinished:
+        notes.append(f"Not every run finished ({', '.join(unfinished)}): only seeds finished by both are compared.")
+    return notes

@@ -1,0 +1,329 @@
+"""The report's three figures: quality against cost, curves, differences. Each in a wide and a narrow drawing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokenwise.comparison import charts
+from tokenwise.comparison.answer import Conclusion, Row
+from tokenwise.comparison.charts import Box, Scale, Style
+from tokenwise.comparison.formatting import amount, duration, plain, ratio, signed
+from tokenwise.comparison.records import Point, Result
+from tokenwise.comparison.statistics import Interval
+
+MEASURES = {"flops": "FLOPs", "wall_seconds": "Wall time", "tokens_trained": "Tokens trained on"}
+_LOSS = "held-out loss, nats/token"
+_LOG_FROM = 20.0
+"""A cost axis is logarithmic from this ratio of largest to smallest."""
+_FAR_WORSE = 4.0
+"""The axis of differences ends at this many times the typical end of an interval."""
+_OFF_SCALE = 8.0
+"""A method this many times further from the baseline than is typical is marked at the edge, not drawn to scale."""
+
+
+def pareto_front(points: Sequence[charts.Point]) -> list[charts.Point]:
+    """The points with no other that is both cheaper (x) and lower in loss (y), by cost."""
+    front: list[charts.Point] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def off_scale(conclusion: Conclusion) -> set[str]:
+    """Methods so much worse than the baseline that drawing them to scale would flatten all others."""
+    compared = [row for row in conclusion.rows if row.versus_baseline and math.isfinite(row.versus_baseline.mean)]
+    differences = {row.label: row.versus_baseline.mean for row in compared if row.versus_baseline}
+    if len(differences) < 3:
+        return set()
+    typical = float(np.median(np.abs(list(differences.values()))))
+    spread = max((row.spread or 0.0 for row in compared), default=0.0)
+    return {label for label, value in differences.items() if value > _OFF_SCALE * max(typical, spread)}
+
+
+def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: str, wide: bool) -> str | None:
+    """Held-out loss against a cost; None where fewer than two methods have both.
+
+    Args:
+        conclusion: what to draw.
+        styles: by label.
+        measure: a key of `MEASURES`.
+        wide: 540 pixels, else 340.
+    """
+    rows = [row for row in conclusion.rows if _drawable(row, measure)]
+    if len(rows) < 2:
+        return None
+    width, height = (540.0, 370.0) if wide else (340.0, 320.0)
+    own = {row.label: float(getattr(row.costs, measure)) for row in rows}
+    total = {row.label: own[row.label] + _charged(row, measure) for row in rows}
+    loss = {row.label: row.nats_per_token or 0.0 for row in rows}
+    divisor, unit = _unit(measure, max(total.values()))
+    log = max(total.values()) > _LOG_FROM * min(own.values()) > 0
+    cheapest, dearest = min(own.values()) / divisor, max(total.values()) / divisor
+    # Costs that are nearly equal must look so: the axis spans a third of the largest cost at least.
+    room = max(0.16 * (dearest - cheapest), 0.17 * dearest - (dearest - cheapest) / 2) or 0.5
+    x_range = (cheapest / 1.3, dearest * 1.3) if log else (max(cheapest - room, 0.0), dearest + room)
+    beyond = off_scale(conclusion)
+    bounds = [value for row in rows if row.label not in beyond for value in (row.lowest, row.highest)]
+    frame = _Frame(width, height, x_range, charts.padded([value for value in bounds if value is not None], 0.12), log)
+    parts = frame.axes(f"{MEASURES[measure]}{unit}, reference included", _LOSS)
+
+    front = pareto_front([(total[row.label], loss[row.label]) for row in rows if row.label not in beyond])
+    steps: list[charts.Point] = []
+    for x, y in front:
+        if steps:
+            steps.append((frame.x(x / divisor), steps[-1][1]))
+        steps.append((frame.x(x / divisor), frame.y(y)))
+    steps.append((frame.area.right, steps[-1][1]))
+    parts.append(charts.path(steps, "front"))
+
+    anchors, taken, names = [], [], []
+    for row in rows:
+        style = styles[row.label]
+        off = row.label in beyond
+        x, y = frame.x(total[row.label] / divisor), frame.area.top + 8 if off else frame.y(loss[row.label])
+        name = charts.shorten(row.label, width * 0.36)
+        names.append(f"{name} {plain(loss[row.label], 2)}{', off the scale' if wide else ' ↑'}" if off else name)
+        hover = f"{row.label}: {plain(loss[row.label], conclusion.decimals)} nats/token, {_cost_text(row, measure)}"
+        if total[row.label] > own[row.label]:
+            start = frame.x(own[row.label] / divisor)
+            parts.append(charts.line(start, y, x, y, f"charged {style.colour}"))
+            parts.append(charts.marker(style.shape, start, y, f"hollow {style.colour}", f"{row.label} alone"))
+            taken.append(Box(start - 7, y - 5, x, y + 5))
+        if not off and row.lowest is not None and row.highest is not None and row.highest > row.lowest:
+            top, bottom = frame.y(row.highest), frame.y(row.lowest)
+            parts.append(charts.line(x, top, x, bottom, f"bar {style.colour}"))
+            parts += [charts.line(x - 4, end, x + 4, end, f"bar {style.colour}") for end in (top, bottom)]
+            taken.append(Box(x - 4, top, x + 4, bottom))
+        parts.append(charts.marker(style.shape, x, y, f"marker {style.colour}", hover))
+        taken.append(Box(x - 7, y - 7, x + 7, y + 7))
+        anchors.append((x, y))
+    for name, box in zip(names, charts.place_labels(anchors, names, taken, frame.area), strict=True):
+        if box is not None:
+            parts.append(charts.text(box.left, (box.top + box.bottom) / 2, name, "halo name"))
+    described = "; ".join(
+        f"{row.label} {plain(loss[row.label], conclusion.decimals)} at {_cost_text(row, measure)}" for row in rows
+    )
+    return charts.svg(width, height, f"Held-out loss against {MEASURES[measure]}. {described}.", parts, _size(wide))
+
+
+def curve_figure(
+    conclusion: Conclusion, results: Sequence[Result], styles: Mapping[str, Style], start: float, wide: bool
+) -> str | None:
+    """Held-out loss against the share of the budget spent, from `start` on; None without at least two points."""
+    curves = {row.label: _curve(row.label, results, start) for row in conclusion.rows}
+    beyond = off_scale(conclusion) if start > 0 else set()  # a whole run spans the early losses anyway
+    drawn = {label: curve for label, curve in curves.items() if curve is not None and label not in beyond}
+    finite = [value for curve in drawn.values() for value in curve[1:].ravel() if math.isfinite(value)]
+    if not drawn or not finite:
+        return None
+    width, height = (540.0, 370.0) if wide else (340.0, 320.0)
+    names = {label: charts.shorten(label, 120) for label in drawn}
+    right = 14 + max(charts.text_width(name) for name in names.values()) if wide else 16
+    frame = _Frame(width, height, (start * 100, 100), charts.padded(finite, 0.05), right=right)
+    parts = frame.axes("share of the budget spent, %", _LOSS)
+    ends = {}
+    # The band lies below all lines, and the baseline below the candidates.
+    for label, (shares, _, lowest, highest) in drawn.items():
+        if not np.array_equal(lowest, highest, equal_nan=True):
+            xs = [frame.x(share * 100) for share in shares]
+            upper = [(x, frame.y(value)) for x, value in zip(xs, highest, strict=True)]
+            lower = [(x, frame.y(value)) for x, value in zip(xs, lowest, strict=True)]
+            parts.append(charts.band(upper, lower, f"band {styles[label].colour}"))
+    for label, (shares, mean, _, _) in drawn.items():
+        points = [(frame.x(share * 100), frame.y(value)) for share, value in zip(shares, mean, strict=True)]
+        parts.append(charts.path(points, f"curve {styles[label].colour}"))
+        last = next((point for point in reversed(points) if math.isfinite(point[1])), None)
+        if last is not None:
+            hover = f"{label}: {plain(float(mean[-1]), conclusion.decimals)} nats/token at the end"
+            parts.append(charts.marker(styles[label].shape, *last, f"marker {styles[label].colour}", hover))
+            ends[label] = last
+    if wide:
+        heights = charts.spread([y for _, y in ends.values()], 16, frame.area.top + 6, frame.area.bottom - 6)
+        for (label, _), y in zip(ends.items(), heights, strict=True):
+            parts.append(charts.text(frame.area.right + 10, y, names[label], "name"))
+    if beyond & curves.keys():
+        left_out = charts.shorten(
+            f"off the scale: {', '.join(sorted(beyond & curves.keys()))}", frame.x.end - frame.x.start
+        )
+        parts.append(charts.text(frame.area.right, frame.area.top - 4, left_out, "axis halo", "end"))
+    described = f"Curves of held-out loss for {', '.join(drawn)}, from {start:.0%} of the budget to its end."
+    return charts.svg(width, height, described, parts, _size(wide))
+
+
+def difference_figure(conclusion: Conclusion, styles: Mapping[str, Style], wide: bool) -> str | None:
+    """Each method's difference to the baseline, and to its random control, with intervals; None without any."""
+    lines = [
+        (row, interval, other)
+        for row in conclusion.rows
+        for interval, other in ((row.versus_baseline, conclusion.baseline), (row.versus_control, row.control))
+        if interval is not None and other is not None
+    ]
+    ends = [end for _, interval, _ in lines for end in (interval.low, interval.high) if math.isfinite(end)]
+    if not ends:
+        return None
+    # What is far worse may leave the drawing, so that it does not flatten the rest; what is better never does.
+    worst = min(max(ends), _FAR_WORSE * float(np.median(np.abs(ends))))
+    span = max(worst, 0.0) - min([*ends, 0.0]) or 1.0
+    low, high = min(min(ends), -0.15 * span) - 0.04 * span, max(worst, 0.15 * span) + 0.04 * span
+    width = 900.0 if wide else 340.0
+    pitch, top = (34.0, 14.0) if wide else (54.0, 10.0)
+    height = top + pitch * len(lines) + 52
+    left, right = (215.0, width - 310) if wide else (6.0, width - 6)
+    x = Scale(low, high, left, right)
+    bottom = top + pitch * len(lines)
+    parts = []
+    values = x.ticks(6 if wide else 4)
+    digits = charts.tick_decimals(values)
+    for value in values:
+        parts.append(charts.line(x(value), top, x(value), bottom, "zero" if value == 0 else "grid"))
+        parts.append(charts.text(x(value), bottom + 13, signed(value, digits), "tick", "middle"))
+    parts.append(charts.text(left, bottom + 33, "← better", "axis"))
+    parts.append(charts.text((left + right) / 2, bottom + 33, "difference, nats/token", "axis", "middle"))
+    parts.append(charts.text(right, bottom + 33, "worse →", "axis", "end"))
+    described = []
+    for place, (row, interval, other) in enumerate(lines):
+        main = other == conclusion.baseline and interval is row.versus_baseline
+        style = styles[row.label]
+        y = top + pitch * (place + (0.5 if wide else 0.72))
+        result = _interval_text(interval, conclusion.decimals)
+        verdict = _verdict(interval)
+        described.append(f"{row.label} against {other}: {result}, {verdict}")
+        name = row.label if main else f"against {other}"
+        classes = "name" if main else "name minor"
+        if wide:
+            parts.append(charts.text(0 if main else 18, y, charts.shorten(name, 205 if main else 187), classes))
+            parts.append(charts.text(right + 20, y, result, "value" if main else "value minor"))
+            parts.append(charts.text(width, y, verdict, "value" if main else "value minor", "end"))
+        else:
+            above = y - 20
+            shown = charts.shorten(name, width - 14 - charts.text_width(result))
+            parts.append(charts.text(0, above, shown, f"halo {classes}"))
+            parts.append(charts.text(width, above, result, "halo value" if main else "halo value minor", "end"))
+        parts += _forest_line(x, y, interval, style, main, f"{row.label} against {other}: {result}")
+    label = f"Differences in held-out loss with intervals, below zero is better. {'; '.join(described)}."
+    return charts.svg(width, height, label, parts, _size(wide))
+
+
+def _forest_line(x: Scale, y: float, interval: Interval, style: Style, main: bool, hover: str) -> list[str]:
+    if not interval.finite:
+        return []
+    strength = "" if main else " minor"
+    low, high = max(interval.low, x.low), min(interval.high, x.high)
+    parts = []
+    if low < high or interval.low == interval.high:
+        parts.append(charts.line(x(low), y, x(high), y, f"bar {style.colour}{strength}"))
+    inside = [value for value in (interval.low, interval.high) if main and x.low <= value <= x.high]
+    parts += [charts.line(x(value), y - 4, x(value), y + 4, f"bar {style.colour}") for value in inside]
+    for beyond, tip, inwards in ((interval.low < x.low, x.start, 6), (interval.high > x.high, x.end, -6)):
+        if beyond:  # it goes on outside the drawing
+            arrow = [(tip + inwards, y - 4), (tip, y), (tip + inwards, y + 4)]
+            parts.append(charts.path(arrow, f"bar {style.colour}{strength}"))
+    if x.low <= interval.mean <= x.high:
+        kind = "marker" if main else "hollow"
+        parts.append(charts.marker(style.shape, x(interval.mean), y, f"{kind} {style.colour}{strength}", hover))
+    return parts
+
+
+class _Frame:
+    """The plot area of a chart with two axes."""
+
+    def __init__(
+        self,
+        width: float,
+        height: float,
+        x_range: tuple[float, float],
+        y_range: tuple[float, float],
+        log: bool = False,
+        right: float = 16,
+    ):
+        self.y_ticks = charts.ticks(*y_range, 7)
+        self.digits = charts.tick_decimals(self.y_ticks)
+        widest = max((charts.text_width(plain(value, self.digits)) for value in self.y_ticks), default=0)
+        self.area = Box(widest + 14, 30, width - right, height - 46)
+        self.x = Scale(*x_range, self.area.left, self.area.right, log)
+        self.y = Scale(*y_range, self.area.bottom, self.area.top)
+
+    def axes(self, x_title: str, y_title: str) -> list[str]:
+        """Grid, tick labels and titles. The title of y stands above it, upright."""
+        area = self.area
+        parts = [charts.text(0, 10, f"↑ {y_title}", "axis")]
+        for value in self.y_ticks:
+            parts.append(charts.line(area.left, self.y(value), area.right, self.y(value), "grid"))
+            parts.append(charts.text(area.left - 8, self.y(value), plain(value, self.digits), "tick", "end"))
+        values = self.x.ticks(int((area.right - area.left) / 70))
+        texts = [f"{value:g}" for value in values]
+        for value, string in zip(values, texts, strict=True):
+            x, half = self.x(value), charts.text_width(string) / 2
+            parts.append(charts.line(x, area.bottom, x, area.bottom + 4, "base"))
+            parts.append(charts.text(min(x, area.right + 14 - half), area.bottom + 14, string, "tick", "middle"))
+        parts.append(charts.line(area.left, area.bottom, area.right, area.bottom, "base"))
+        parts.append(charts.text(area.right, area.bottom + 35, f"{x_title} →", "axis", "end"))
+        return parts
+
+
+def _size(wide: bool) -> str:
+    return "chart wide" if wide else "chart narrow"
+
+
+def _drawable(row: Row, measure: str) -> bool:
+    costs = [row.costs] if row.reference_costs is None else [row.costs, row.reference_costs]
+    known = all(getattr(cost, measure) is not None for cost in costs)
+    comparable = measure != "wall_seconds" or all(cost.seconds_comparable for cost in costs)
+    return known and comparable and row.nats_per_token is not None and math.isfinite(row.nats_per_token)
+
+
+def _charged(row: Row, measure: str) -> float:
+    return float(getattr(row.reference_costs, measure)) if row.reference_costs is not None else 0.0
+
+
+def _unit(measure: str, largest: float) -> tuple[float, str]:
+    """What to divide by so that ticks are short, and how the axis calls it."""
+    if measure == "wall_seconds":
+        return next((u for u in ((1.0, " (s)"), (60.0, " (min)")) if largest < 120 * u[0]), (3600.0, " (h)"))
+    power = max(int(math.log10(largest)) // 3 * 3, 0) if largest >= 1 else 0
+    if measure == "tokens_trained" and power in (3, 6, 9):
+        return 10.0**power, {3: " (thousands)", 6: " (millions)", 9: " (billions)"}[power]
+    exponent = str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return 10.0**power, f" (×10{exponent})" if power else ""
+
+
+def _cost_text(row: Row, measure: str) -> str:
+    show = duration if measure == "wall_seconds" else amount
+    unit = {"flops": " FLOPs", "tokens_trained": " tokens"}.get(measure, "")
+    text = f"{show(getattr(row.costs, measure))}{unit}"
+    if row.reference_costs is not None:
+        text += f" and {show(getattr(row.reference_costs, measure))}{unit} for its reference"
+    if measure == "flops" and row.relative_flops is not None:
+        text += f" ({ratio(row.relative_flops)} the baseline)"
+    return text
+
+
+def _curve(label: str, results: Sequence[Result], start: float) -> np.ndarray | None:
+    """Rows: shares, then mean, lowest and highest over the finished seeds, from share `start` on."""
+    curves: list[list[Point]] = [
+        result.curve
+        for result in results
+        if result.job.kind == "run" and result.job.label == label and result.status == "finished" and result.curve
+    ]
+    shares = sorted({round(point.share, 3) for curve in curves for point in curve if point.share >= start - 1e-3})
+    if len(shares) < 2:
+        return None
+    losses = np.array([np.interp(shares, [p.share for p in curve], [p.held_out for p in curve]) for curve in curves])
+    return np.stack([np.array(shares), losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0)])
+
+
+def _interval_text(interval: Interval, decimals: int) -> str:
+    if not interval.finite:
+        return "not finite"
+    mean, low, high = (signed(value, decimals) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _verdict(interval: Interval) -> str:
+    if not interval.finite:
+        return "not comparable"
+    return "better" if interval.below_zero else "worse" if interval.above_zero else "no difference shown"

@@ -1,0 +1,197 @@
+"""The report of a comparison: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tokenwise.comparison import charts, figures
+from tokenwise.comparison.answer import Conclusion, Row
+from tokenwise.comparison.formatting import amount, duration, listing, memory, plain, ratio, signed
+from tokenwise.comparison.records import Result, write_text
+from tokenwise.comparison.statistics import LEVEL, RESAMPLES, Interval
+
+_HERE = Path(__file__).parent
+SHOWN_TOKENS = 400
+"""Longer examples are cut here."""
+
+
+def write_report(
+    path: Path,
+    conclusion: Conclusion,
+    results: Sequence[Result],
+    plan_text: str,
+    plan_summary: Mapping[str, Any],
+) -> None:
+    """Write the report as one self-contained HTML file: offline, light and dark, narrow and wide, printable.
+
+    Args:
+        path: the file to write; it appears whole or not at all.
+        conclusion: what `conclude` made of the results.
+        results: of every job; curves, examples and versions are read.
+        plan_text: the plan as the user wrote it.
+        plan_summary: ``task``, ``model``, ``data``, ``budget``, ``seeds``, ``baseline``, ``plan_file``, ``command``
+            and ``folder``, as texts (``seeds`` a list). Nothing in it is trusted.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["ratio"] = ratio
+    styles = charts.styles([(row.label, row.role) for row in conclusion.rows])
+    html = environment.get_template("report.html").render(
+        conclusion=conclusion,
+        plan=plan_summary,
+        plan_text=plan_text,
+        css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        styles=styles,
+        key=lambda label: Markup(_key(styles[label])),
+        cost_figures=_cost_figures(conclusion, styles),
+        curve_figures=_curve_figures(conclusion, results, styles),
+        differences=_drawings([figures.difference_figure(conclusion, styles, wide) for wide in (True, False)]),
+        examples=_examples(conclusion, results),
+        versions=_versions(results),
+        loss=lambda value: "–" if value is None else plain(value, conclusion.decimals),
+        difference=lambda value: signed(value.mean, conclusion.decimals),
+        interval=lambda value: _interval(value, conclusion.decimals),
+        costs=_costs,
+        settings=_settings,
+        level=LEVEL,
+        resamples=RESAMPLES,
+        unmeasured=_unmeasured(conclusion),
+    )
+    write_text(path, html)
+
+
+def _key(style: charts.Style) -> str:
+    return (
+        '<svg class="key" viewBox="-8 -8 16 16" width="16" height="16" aria-hidden="true">'
+        f"{charts.marker(style.shape, 0, 0, f'marker {style.colour}')}</svg>"
+    )
+
+
+def _drawings(drawings: Sequence[str | None]) -> Markup | None:
+    """The wide and the narrow drawing of a figure; the style sheet shows the one that fits."""
+    return None if None in drawings else Markup("".join(drawing for drawing in drawings if drawing))
+
+
+def _cost_figures(conclusion: Conclusion, styles: Mapping[str, charts.Style]) -> list[dict[str, Any]]:
+    found = []
+    for measure, title in figures.MEASURES.items():
+        drawings = _drawings([figures.cost_figure(conclusion, styles, measure, wide) for wide in (True, False)])
+        if drawings is not None:
+            found.append({"title": title, "drawings": drawings})
+    return found
+
+
+def _curve_figures(
+    conclusion: Conclusion, results: Sequence[Result], styles: Mapping[str, charts.Style]
+) -> list[dict[str, Any]]:
+    found = []
+    for start, title in ((0.5, "Second half"), (0.0, "Whole run")):
+        both = [figures.curve_figure(conclusion, results, styles, start, wide) for wide in (True, False)]
+        drawings = _drawings(both)
+        if drawings is not None:
+            found.append({"title": title, "drawings": drawings})
+    return found
+
+
+def _interval(interval: Interval, decimals: int) -> str:
+    if not interval.finite:
+        return "not finite"
+    return f"{plain(interval.low, decimals)} to {plain(interval.high, decimals)}"
+
+
+_SHOWN = {"wall_seconds": duration, "peak_memory_bytes": memory}
+
+
+def _costs(row: Row, name: str) -> Markup:
+    """A cost of the method's own, and below it what its reference adds (memory does not add up)."""
+    show = _SHOWN.get(name, amount)
+    text = Markup("{}").format(show(getattr(row.costs, name)) if row.finished else "–")
+    if row.reference_costs is not None and name != "peak_memory_bytes":
+        text += Markup(" <small>+ {}</small>").format(show(getattr(row.reference_costs, name)))
+    return text
+
+
+def _settings(row: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.settings.items())
+
+
+def _examples(conclusion: Conclusion, results: Sequence[Result]) -> dict[str, Any] | None:
+    """What each method did to the example, in its first finished run, on one scale for all."""
+    first: dict[str, Result] = {}
+    for result in results:
+        if result.job.kind == "run" and result.example and result.status == "finished":
+            first.setdefault(result.job.label, result)
+    if not first:
+        return None
+    weights = [w for result in first.values() for w in (result.example or {})["weights"] if w is not None]
+    # One scale for all methods, up to twice the plain weight: a few extreme weights must not pale all others.
+    top = min(max([*weights, 1.0]), 2.0)
+    shown = []
+    for row in conclusion.rows:
+        if row.label in first:
+            result = first[row.label]
+            example = result.example or {}
+            pairs = list(zip(example["tokens"], example["weights"], strict=True))
+            shown.append(
+                {
+                    "label": row.label,
+                    "seed": result.job.seed,
+                    "tokens": [_token(token, weight, top) for token, weight in pairs[:SHOWN_TOKENS]],
+                    "cut": len(pairs) - SHOWN_TOKENS,
+                    "shares": _shares(result.weights),
+                }
+            )
+    over = any(weight > top for weight in weights)
+    return {"methods": shown, "top": f"{top:.2g}" + (" or more" if over else "")}
+
+
+def _shares(weights: Mapping[str, float]) -> str:
+    """How a method spread its weight over training, in words."""
+    names = {"kept_share": "of the tokens weighted", "effective_share": "effective sample size"}
+    return ", ".join(f"{weights[name]:.0%} {words}" for name, words in names.items() if name in weights)
+
+
+def _token(token: str, weight: float | None, top: float) -> dict[str, Any]:
+    visible = token.replace("\t", "→\t").replace("\r", "␍").replace("\n", "↵\n") or "∅"
+    if weight is None:
+        return {"text": visible, "share": None, "title": "first token: nothing predicts it", "kind": "none"}
+    share = min(max(weight / top, 0.0), 1.0)
+    return {
+        "text": visible,
+        "share": f"{share:.2f}",
+        "title": f"weight {weight:.3g}",
+        "kind": "dropped" if weight == 0 else "weighted",
+    }
+
+
+def _versions(results: Sequence[Result]) -> dict[str, str]:
+    """Package versions and machine; where runs differ, all of them."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        for name, value in result.versions.items():
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return {name: " / ".join(values) for name, values in found.items()}
+
+
+def _unmeasured(conclusion: Conclusion) -> list[str]:
+    """What this comparison does not say, beyond what no comparison says."""
+    finished = [row for row in conclusion.rows if row.finished]
+    found = []
+    for name, title in (("flops", "FLOPs"), ("wall_seconds", "wall time"), ("peak_memory_bytes", "peak memory")):
+        missing = [row.label for row in finished if getattr(row.costs, name) is None]
+        if missing:
+            found.append(f"{title} of {listing(missing)}")
+    if finished and not conclusion.seconds_comparable:
+        found.append("wall time in a comparable way (runs shared the machine)")
+    return found

@@ -1,0 +1,86 @@
+"""A conclusion in the terminal: a compact table, then the sentence."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tokenwise.comparison.answer import Conclusion, Row
+from tokenwise.comparison.formatting import amount, duration, memory, plain, ratio, signed
+from tokenwise.comparison.statistics import Interval
+
+_STYLES = {"better": "bold green", "worse": "bold red", "failed": "red", "not finite": "red"}
+
+
+def print_conclusion(conclusion: Conclusion, console: Console) -> None:
+    """Print the table of methods (it fits 100 columns), the failed runs, the notes and the answer."""
+    if conclusion.rows:
+        console.print(_table(conclusion))
+    for failure in conclusion.failures:
+        console.print(Text(f"{failure.label}, seed {failure.seed}, failed: {failure.reason}", style="red"))
+    for note in conclusion.notes:
+        console.print(Text(note, style="dim"))
+    console.print()
+    console.print(Text(conclusion.sentence, style="bold"))
+
+
+def _table(conclusion: Conclusion) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold", max_width=20)
+    table.add_column("nats/token", no_wrap=True)
+    table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
+    table.add_column("FLOPs", justify="right", no_wrap=True)
+    table.add_column("time", justify="right", max_width=14)
+    table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("runs", justify="right", no_wrap=True)
+    for row in conclusion.rows:
+        table.add_row(
+            Text(row.label, style="bold" if row.label == conclusion.winner else ""),
+            _loss(row, conclusion.decimals),
+            _differences(row, conclusion.decimals),
+            _flops(row),
+            _seconds(row),
+            "–" if row.costs.peak_memory_bytes is None else memory(row.costs.peak_memory_bytes),
+            f"{len(row.finished)}/{row.planned}",
+        )
+    return table
+
+
+def _loss(row: Row, decimals: int) -> str:
+    if row.nats_per_token is None:
+        return "–"
+    spread = "" if row.spread is None else f" ±{plain(row.spread, decimals)}"
+    return plain(row.nats_per_token, decimals) + spread
+
+
+def _differences(row: Row, decimals: int) -> Text:
+    text = Text(row.verdict, style=_STYLES.get(row.verdict, ""))
+    if row.versus_baseline is not None and row.versus_baseline.finite:
+        text = Text.assemble(f"{_interval(row.versus_baseline, decimals)}\n", text)
+    if row.versus_control is not None:
+        text.append(f"\n{_interval(row.versus_control, decimals)}\nagainst {row.control}", style="dim")
+    return text
+
+
+def _interval(interval: Interval, decimals: int) -> str:
+    mean, low, high = (signed(value, decimals) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _flops(row: Row) -> str:
+    own = "–" if row.costs.flops is None else amount(row.costs.flops)
+    if row.reference_costs is not None:
+        own += "\n+ ref " + ("–" if row.reference_costs.flops is None else amount(row.reference_costs.flops))
+    return own if row.relative_flops is None else f"{own}\n= {ratio(row.relative_flops)}"
+
+
+def _seconds(row: Row) -> str:
+    if row.costs.wall_seconds is None:
+        return "–"
+    if not row.costs.seconds_comparable:
+        return "not comparable"
+    own = duration(row.costs.wall_seconds)
+    reference = row.reference_costs.wall_seconds if row.reference_costs else None
+    return own if reference is None else f"{own}\n+ ref {duration(reference)}"

@@ -1,0 +1,110 @@
+"""Runs what the documentation shows, and checks that it fits together.
+
+A fenced block after ``<!-- run -->`` is run, one after ``<!-- file: NAME -->`` is written to that file; both in order,
+page by page, in an empty folder. A block of console lines runs each line that starts with ``$ tokenwise``.
+"""
+
+import importlib.util
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tokenwise import catalog
+from tokenwise.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(
+    r"^<!-- (?P<action>run|file: (?P<file>\S+)) -->\n+```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass
+class Block:
+    """One marked block; `line` is where its code starts in the page."""
+
+    language: str
+    code: str
+    file: str | None
+    line: int
+
+
+def blocks(page):
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(found["language"], found["code"], found["file"], text.count("\n", 0, found.start("code")))
+        for found in _BLOCK.finditer(text)
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_marked_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = set(sys.modules)
+    names = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.file is not None:
+            Path(block.file).write_text(block.code, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
+        else:
+            commands = [line[2:] for line in block.code.splitlines() if line.startswith("$ ")]
+            assert commands, f"{page.name}:{block.line}: nothing to run"
+            for command in commands:
+                program, *arguments = shlex.split(command)
+                assert program == "tokenwise"
+                assert main(arguments) == 0, command
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_mark_is_understood(page):
+    marks = re.findall(r"<!--.*?-->", page.read_text(encoding="utf-8"))
+    lists = [mark for mark in marks if re.fullmatch(r"<!-- (methods: \w+|cards) -->", mark)]
+    assert len(marks) == len(lists) + len(blocks(page))
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = {path for entry in yaml.safe_load(text)["nav"] for path in entry.values()}
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_catalog_page_has_a_card_for_every_method(hooks):
+    page = hooks.on_page_markdown((ROOT / "docs" / "catalog.md").read_text(encoding="utf-8"))
+    for entry in catalog.entries().values():
+        assert f"## {entry['name']} {{ #{entry['name']} }}" in page
+        assert entry["checked"] in page
+        for field in entry["fields"].values():
+            assert field["description"] in page
+
+
+def test_every_family_has_a_table_on_its_page(hooks):
+    for family in catalog.FAMILIES:
+        page = hooks.on_page_markdown((ROOT / "docs" / f"{family}.md").read_text(encoding="utf-8"))
+        for entry in catalog.entries().values():
+            if entry["family"] == family:
+                assert f"[`{entry['name']}`](catalog.md#{entry['name']})" in page
+
+
+def test_table_cells_cannot_break_the_table(hooks):
+    entry = {"name": "x", "summary": "a | b", "paper": None, "needs": []}
+    assert hooks.table([entry]).splitlines()[2] == r"| [`x`](catalog.md#x) | a \| b | - | - |"
