@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ class RayCluster(Executor):
 
         if not ray.is_initialized():
             try:
-                ray.init(address=self._address, log_to_driver=False, logging_level="error")
+                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 message = f"there is no Ray cluster at {self._address!r} ({error})."
                 fix = "Start one (ray start --head), or write local."
@@ -70,8 +71,8 @@ class RayCluster(Executor):
     def run(self, folders: list[RunFolder], on_event: OnEvent) -> Iterator[tuple[RunFolder, str | None]]:
         import ray
 
-        threads, resources = _resources()
-        remote = ray.remote(max_retries=0, **resources)(run_there)
+        threads, gpus = _resources()
+        remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_there)
         for folder in folders:
             job = folder.begin()
             inputs = {name: self._send(*place) for name, place in _inputs(job).items()}
@@ -100,15 +101,15 @@ class RayCluster(Executor):
         return self._sent[path, only]
 
 
-def _resources() -> tuple[int, dict[str, int]]:
-    """Threads of a job, and what it asks of the cluster."""
+def _resources() -> tuple[int, int]:
+    """Threads and GPUs of a job."""
     import ray
     import torch
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     threads = min(torch.get_num_threads(), max(int(node.get("CPU", 1)) for node in nodes))
     gpus = int(any(node.get("GPU", 0) >= 1 for node in nodes))
-    return threads, {"num_cpus": threads, "num_gpus": gpus}
+    return threads, gpus
 
 
 def _inputs(job: Job) -> dict[str, tuple[Path] | tuple[Path, str]]:
