@@ -99,8 +99,8 @@ class SmallPlan:
     def __init__(self, *jobs):
         self._jobs = list(jobs)
 
-    def prepare(self, folder):
-        pass
+    def prepare(self, folder, progress):
+        progress("preparing nothing")
 
     def jobs(self, folder):
         return self._jobs
