@@ -47,13 +47,14 @@ class RunFolder:
         done = result is not None and result.status == "finished"
         return done and (self.job.kind == "run" or (self.path / "model").is_dir())
 
-    def begin(self) -> None:
-        """Clear what an earlier try left and write the job file, which says where the reference lies."""
+    def begin(self) -> Job:
+        """Clear what an earlier try left, write the job file and return its job, which says where the reference is."""
         shutil.rmtree(self.path, ignore_errors=True)
         job = self.job
         if self.reference is not None:
             job = replace(job, task={**job.task, "reference": str(self.reference.path / "model")})
         write_text(self.job_file, json.dumps(asdict(job), indent=1, ensure_ascii=False) + "\n")
+        return job
 
     def fail(self, reason: str) -> None:
         """Record that the job failed."""
