@@ -60,9 +60,8 @@ def test_from_plan_to_table_answer_report_and_export(folder, monkeypatch, capsys
 
     assert AutoModelForCausalLM.from_pretrained("best").config.hidden_size == 16
     assert AutoTokenizer.from_pretrained("best")("1 squared")["input_ids"]
-    assert (
-        json.loads((folder / "best" / "tokenwise.json").read_text(encoding="utf-8"))["method"]["random"]["keep"] == 0.5
-    )
+    origin = json.loads((folder / "best" / "tokenwise.json").read_text(encoding="utf-8"))
+    assert origin["method"]["random"]["keep"] == 0.5
 
 
 def test_in_python_it_is_one_call(folder, monkeypatch, capsys):
