@@ -47,8 +47,10 @@ def _run(options: argparse.Namespace) -> int:
     _say(console, f"Report: {comparison.report}")
     if options.export is not None:
         _say(console, f"Exported: {comparison.export(options.export, options.method)}")
-    elif conclusion.winner is not None:
-        _say(console, f"Write out {conclusion.winner}, ready to load: {comparison.command} --export DIR")
+    else:
+        which = "" if conclusion.winner else " --method LABEL"
+        what = conclusion.winner or "a method of your choice"
+        _say(console, f"Write out {what}, ready to load: {comparison.command} --export DIR{which}")
     return int(any(not row.finished for row in conclusion.rows))
 
 
