@@ -12,7 +12,7 @@ _PUBLIC = {
     "TokenBatch": "base",
     "TokenWeighter": "base",
     "TokenWeights": "apply",
-    "Weighing": "apply",
+    "Weighing": "weighing",
     "token_weights": "apply",
     "weigh": "apply",
     "weighted_linear_cross_entropy": "loss",

@@ -15,8 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
-from tokenwise.weighting.apply import Weighing
 from tokenwise.weighting.base import TokenBatch, TokenWeighter
+from tokenwise.weighting.weighing import Weighing
 
 _STATE = "tokenwise_state"
 
