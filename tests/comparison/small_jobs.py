@@ -24,11 +24,16 @@ TRAINING = {
     "evaluations": 2,
 }
 
-# Methods of a user's own that go wrong.
+# Methods of a user's own: one that works, and those that go wrong.
 METHODS = '''
 import os, signal
 import torch
 from tokenwise.weighting.base import TokenWeighter
+from tokenwise.weighting.excess_loss import ExcessLoss
+
+class OwnExcessLoss(ExcessLoss):
+    """One of the catalog's, by another name."""
+    reference: str | None = None
 
 class Diverging(TokenWeighter):
     """Weights that turn into NaN."""
@@ -99,8 +104,8 @@ class SmallPlan:
     def __init__(self, *jobs):
         self._jobs = list(jobs)
 
-    def prepare(self, folder):
-        pass
+    def prepare(self, folder, progress):
+        progress("preparing nothing")
 
     def jobs(self, folder):
         return self._jobs

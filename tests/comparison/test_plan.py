@@ -165,6 +165,15 @@ def test_each_selecting_method_gets_a_control_that_keeps_as_much(folder):
     controls = [entry for entry in plan.entries if entry.role == "control"]
     assert [(entry.method.keep, entry.method.scope) for entry in controls] == [(0.5, "micro_batch"), (0.5, "sequence")]
     assert [entry.label for entry in controls] == ["random scope=micro_batch", "random scope=sequence"]
+    assert [entry.control for entry in plan.entries] == [
+        None,
+        "random scope=micro_batch",
+        "random scope=micro_batch",
+        "random scope=sequence",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_a_listed_control_is_not_added_again(folder):
@@ -422,6 +431,7 @@ def test_jobs_come_references_first_and_then_by_seed(folder):
     assert (excess_loss.reference, uniform.reference) == ("clean", None)
     assert excess_loss.inputs["reference"] == reference.key
     assert random.role == "control"
+    assert (excess_loss.control, uniform.control, random.control) == ("random", None, None)
     assert mine.method == {"mine.py:Mine": {"keep": 0.5}}
     assert mine.task["method_folder"] == str(folder)
     assert uniform.task["training"]["learning_rate"] == LEARNING_RATE_FROM_SCRATCH

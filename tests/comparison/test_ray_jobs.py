@@ -6,6 +6,7 @@ from small_jobs import SmallPlan, make_job, make_task
 from tokenwise.comparison import ray_jobs
 from tokenwise.comparison.runner import run_comparison
 from tokenwise.errors import InputError
+from tokenwise.models.load import load_tokenizer, make_or_load_model
 
 
 @pytest.fixture
@@ -19,27 +20,24 @@ def cluster():
 @pytest.mark.usefixtures("cluster")
 def test_a_cluster_gives_the_results_of_local_runs(tmp_path):
     task = make_task(tmp_path)
-    jobs = [
-        make_job(task, kind="reference", label="clean"),
-        make_job(task, {"excess_loss": {"reference": "clean"}}, reference="clean"),
-        make_job(task, "own.py:Diverging", steps=9),
-    ]
-    remote = run_comparison(SmallPlan(*jobs), tmp_path / "remote", ray="local")
-    local = run_comparison(SmallPlan(*jobs), tmp_path / "local")
-    for here, there in zip(local, remote, strict=True):
-        assert there.job == here.job
-        assert (there.status, there.reason) == (here.status, here.reason)
-        assert there.quality == here.quality
-        assert there.costs.flops == here.costs.flops
-        assert there.example == here.example
-        assert there.versions == here.versions
-        assert there.status == "failed" or not there.costs.seconds_comparable
-    weights = [
-        (tmp_path / name / remote[1].model_dir / "model.safetensors").read_bytes() for name in ("local", "remote")
-    ]
-    assert weights[0] == weights[1]
-    assert remote[1].reference_costs.flops == remote[0].costs.flops
-    assert (tmp_path / "remote" / "runs" / jobs[2].key / "log.txt").is_file()
+    make_or_load_model(task["model"], 5, load_tokenizer(task["tokenizer"])).save_pretrained(tmp_path / "reference")
+    with_reference = {**task, "reference": str(tmp_path / "reference")}
+    job, dying = make_job(with_reference, "own.py:OwnExcessLoss"), make_job(task, "own.py:Dying")
+    there, died = run_comparison(SmallPlan(job, dying), tmp_path / "remote", ray="local")
+    [here] = run_comparison(SmallPlan(job), tmp_path / "local")
+    assert there.job == here.job == job
+    assert there.quality == here.quality
+    assert there.costs.flops == here.costs.flops
+    assert there.example == here.example
+    assert there.versions == here.versions
+    assert here.costs.seconds_comparable
+    assert not there.costs.seconds_comparable
+    local, remote = (
+        (tmp_path / name / here.model_dir / "model.safetensors").read_bytes() for name in ("local", "remote")
+    )
+    assert local == remote
+    assert died.reason == "The process was killed by signal 9 (SIGKILL); often: out of memory."
+    assert (tmp_path / "remote" / "runs" / dying.key / "log.txt").is_file()
 
 
 def test_without_ray_the_install_command_is_named(monkeypatch):

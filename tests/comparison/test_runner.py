@@ -11,6 +11,7 @@ from rich.console import Console
 from small_jobs import SmallPlan, make_job, make_task
 
 from tokenwise.comparison import local_jobs, runner
+from tokenwise.comparison.records import Job
 from tokenwise.comparison.run_folder import RunFolder
 from tokenwise.comparison.runner import run_comparison
 from tokenwise.errors import InputError
@@ -27,7 +28,9 @@ def compare(jobs, folder):
     """Run a comparison of some jobs; returns its results and the lines it printed."""
     printed = io.StringIO()
     results = run_comparison(SmallPlan(*jobs), folder, console=Console(file=printed, width=200))
-    return results, printed.getvalue().splitlines()
+    first, *lines = printed.getvalue().splitlines()
+    assert first == "preparing nothing ..."
+    return results, lines
 
 
 class Story:
@@ -129,6 +132,31 @@ def test_a_repeated_comparison_starts_no_process(story, monkeypatch):
     assert lines == []
     with pytest.raises(AssertionError, match="a process was started"):
         compare(story.jobs, story.folder)
+
+
+def test_on_a_terminal_the_current_run_its_loss_and_failures_are_shown(tmp_path):
+    printed = io.StringIO()
+    job = Job("run", "excess_loss", 4, {}, "candidate", {}, {})
+    run = RunFolder(job, tmp_path / job.key)
+    run.fail("It died.")
+    with runner._Display(Console(file=printed, force_terminal=True, width=160)) as display:
+        display.stage("training the tokenizer")
+        display._live.refresh()
+        display.expect(9)
+        display.update(run, {"event": "start", "process": 1})
+        display._live.refresh()
+        display.update(run, {"event": "progress", "share": 0.25, "loss": 3.21, "seconds": 1.0})
+        display._live.refresh()
+        display.ended(run)
+    shown = printed.getvalue()
+    for part in (
+        "training the tokenizer",
+        "excess_loss, seed 4: starting",
+        "excess_loss, seed 4: 25%, loss 3.210",
+        "0/9",
+        "[1/9] excess_loss, seed 4: failed. It died.",
+    ):
+        assert part in shown
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused_and_a_dead_ones_lock_is_taken(tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -397,3 +398,21 @@ def test_two_processes_give_the_update_of_one(tiny_llama, reference_directory, t
             if key != "loss":
                 assert (value - theirs[key]).abs().max() < TOLERANCE, f"{name}: {key}"
         assert found["loss"].item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_lora_trains_as_with_the_stock_loss(tiny_llama, tmp_path):
+    rows = padded(sequences(), "right")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(tiny_llama, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    stock, stock_losses, _ = train(adapted, rows, None, tmp_path, 4, 2, steps=3)
+    ours, losses, _ = train(adapted, rows, tw.Uniform(), tmp_path, 4, 2, steps=3)
+    assert losses == pytest.approx(stock_losses, abs=1e-5)
+    assert distance(ours, stock) < 1e-6 < distance(ours, adapted)
+
+
+def test_the_head_is_checked_anew_after_mixed_precision_training(tiny_llama, tmp_path):
+    """Accelerate leaves its autocast on the instance; a second weighting must see through it."""
+    rows = padded(sequences(), "right")
+    model, _, handle = train(tiny_llama, rows, tw.DFT(), tmp_path, 4, 2, bf16=True)
+    handle.undo()
+    tw.weigh(model, tw.DFT()).undo()

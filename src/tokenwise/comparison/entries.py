@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +24,14 @@ class Entry:
         method: the method itself.
         role: baseline, control or candidate.
         written: how the plan names it: a name of the catalog, or ``file.py:Class``.
+        control: label of the random choice at the same budget that runs beside it, or None.
     """
 
     label: str
     method: Method
     role: Literal["baseline", "control", "candidate"]
     written: str
+    control: str | None = None
 
     @property
     def source(self) -> Path | None:
@@ -143,7 +145,8 @@ def make_entries(listed: list[Listed], baseline: str, problems: list[Problem]) -
     if baseline == "uniform" and not any(baseline in entry.names() for entry in listed):
         listed = [Listed("baseline", "uniform", method=catalog.build("uniform", "baseline")), *listed]
     built = _without_repeats([entry for entry in listed if entry.method is not None], problems)
-    controls = {control.identity(): control for entry in built for control in _control(entry)}
+    control_of = {entry.identity(): control for entry in built if (control := _control(entry)) is not None}
+    controls = {control.identity(): control for control in control_of.values()}
     here = {entry.identity() for entry in built}
     everything = built + [control for identity, control in controls.items() if identity not in here]
     labels = _labels(everything)
@@ -169,11 +172,14 @@ def make_entries(listed: list[Listed], baseline: str, problems: list[Problem]) -
             return "baseline"
         return "control" if entry.identity() in controls else "candidate"
 
-    return [
-        Entry(label, entry.method, role(entry), entry.written)
-        for entry, label in zip(everything, labels, strict=True)
-        if entry.method is not None
-    ]
+    label_of = {entry.identity(): label for entry, label in zip(everything, labels, strict=True)}
+    made = []
+    for entry, label in zip(everything, labels, strict=True):
+        assert entry.method is not None
+        control = control_of.get(entry.identity())
+        control_label = label_of[control.identity()] if control is not None else None
+        made.append(Entry(label, entry.method, role(entry), entry.written, control_label))
+    return made
 
 
 def _without_repeats(built: list[Listed], problems: list[Problem]) -> list[Listed]:
@@ -185,17 +191,17 @@ def _without_repeats(built: list[Listed], problems: list[Problem]) -> list[Liste
     return list(first.values())
 
 
-def _control(entry: Listed) -> Iterator[Listed]:
+def _control(entry: Listed) -> Listed | None:
     """The method that keeps as much as a selecting one does, by another rule; none where everything is kept."""
     method = entry.method
     assert method is not None
     keep = getattr(method, "keep", None)
     if not getattr(method, "selects", False) or not method.card.control or keep in (None, 1):
-        return
+        return None
     control_class = catalog.load_class(method.card.control, entry.where)
     scope = getattr(method, "scope", "token")
     same = {"keep": keep} | ({"scope": scope} if scope != "token" and "scope" in control_class.model_fields else {})
-    yield Listed(f"the control of {entry.where}", method.card.control, method=control_class(**same))
+    return Listed(f"the control of {entry.where}", method.card.control, method=control_class(**same))
 
 
 def _labels(entries: list[Listed]) -> list[str]:

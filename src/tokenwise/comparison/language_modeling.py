@@ -218,6 +218,7 @@ class _Course(TrainerCallback):
         self._evaluated = 0
         self._progress = progress
         self._reported_at = -math.inf
+        self._trained = (0.0, 0.0)
         self.curve: list[Point] = []
 
     def on_train_begin(
@@ -259,6 +260,8 @@ class _Course(TrainerCallback):
         """Put a held-out loss, in nats per token, on the curve."""
         _check_finite("held-out", held_out, self._spending)
         costs = self._spending.costs()
+        (before, counted), self._trained = self._trained, self._spending.training_loss
+        losses, tokens = self._trained[0] - before, self._trained[1] - counted
         self.curve.append(
             Point(
                 share=self._spending.share,
@@ -267,6 +270,7 @@ class _Course(TrainerCallback):
                 flops=costs.flops,
                 wall_seconds=costs.wall_seconds or 0.0,
                 held_out=held_out,
+                train=losses / tokens if tokens else None,
             )
         )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from tokenwise import catalog
 from tokenwise.comparison import data, fingerprint
 from tokenwise.comparison.entries import Entry, Listed, make_entries, read_methods, reference_of
 from tokenwise.comparison.records import Job
@@ -99,62 +100,12 @@ class Plan:
         Args:
             folder: the comparison's folder, after `prepare`.
         """
-        task = {
-            "kind": self.task.kind,
-            "model": self.task.model.spec,
-            "tokenizer": str(self._tokenizer_directory(folder)),
-            "eval": [str(path) for path in self.task.data.eval],
-            "held_out_windows": str(self._windows_file(folder)),
-            "text_field": self.task.data.text_field,
-            "sequence_length": self.task.sequence_length,
-            "training": self.training.model_dump(mode="json"),
+        references = {
+            name: self._reference_job(folder, name, reference.train_on, reference.budget or self.budget)
+            for name, reference in self.references.items()
+            if reference.train_on is not None
         }
-        model = self.task.model.spec
-        inputs = {
-            "model": fingerprint.of_value(model)
-            if isinstance(model, dict)
-            else self._fingerprint(fingerprint.of_model, Path(model)),
-            "tokenizer": self._fingerprint(fingerprint.of_tokenizer, self._tokenizer_directory(folder)),
-            "eval": self._fingerprint(fingerprint.of_data, self.task.data.eval),
-            **fingerprint.versions(),
-        }
-
-        def trained_on(files: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-            blocks = str(self._blocks_file(folder, files))
-            return (
-                {**task, "train": [str(path) for path in files], "train_blocks": blocks},
-                {**inputs, "train": self._fingerprint(fingerprint.of_data, files)},
-            )
-
-        references: dict[str, Job] = {}
-        for name, reference in self.references.items():
-            if reference.train_on is not None:
-                its_task, its_inputs = trained_on(reference.train_on)
-                budget = (reference.budget or self.budget).plain()
-                references[name] = Job(
-                    "reference", name, self.seeds[0], {"uniform": {}}, "candidate", its_task, budget, None, its_inputs
-                )
-
-        runs = []
-        for seed in self.seeds:
-            for entry in self.entries:
-                run_task, run_inputs = trained_on(self.task.data.train)
-                run_inputs["method"] = f"version {type(entry.method).version}"
-                if entry.source is not None:
-                    run_task["method_folder"] = str(entry.source.parent)
-                    run_inputs["method"] += f" {fingerprint.of_file(entry.source)}"
-                waits_for = entry.reference if entry.reference in references else None
-                if waits_for is not None:
-                    run_inputs["reference"] = references[waits_for].key
-                elif entry.reference is not None:
-                    directory = self.references[entry.reference].model
-                    assert directory is not None
-                    run_task["reference"] = str(directory)
-                    run_inputs["reference"] = self._fingerprint(fingerprint.of_model, directory)
-                budget = self.budget.plain()
-                runs.append(
-                    Job("run", entry.label, seed, entry.spec(), entry.role, run_task, budget, waits_for, run_inputs)
-                )
+        runs = [self._run_job(folder, entry, seed, references) for seed in self.seeds for entry in self.entries]
         return [*references.values(), *runs]
 
     def summary(self) -> dict[str, str]:
@@ -174,6 +125,75 @@ class Plan:
             "seeds": ", ".join(map(str, self.seeds)),
             "baseline": self.baseline,
             "plan_file": str(self.file),
+        }
+
+    def _reference_job(self, folder: Path, name: str, files: tuple[Path, ...], budget: Budget) -> Job:
+        uniform = catalog.build("uniform")
+        return Job(
+            kind="reference",
+            label=name,
+            seed=self.seeds[0],
+            method=uniform.spec(),
+            role="candidate",
+            task=self._job_task(folder, files),
+            budget=budget.plain(),
+            inputs={**self._job_inputs(folder, files), "method": f"version {uniform.version}"},
+        )
+
+    def _run_job(self, folder: Path, entry: Entry, seed: int, references: dict[str, Job]) -> Job:
+        task = self._job_task(folder, self.task.data.train)
+        inputs = self._job_inputs(folder, self.task.data.train)
+        inputs["method"] = f"version {entry.method.version}"
+        if entry.source is not None:
+            task["method_folder"] = str(entry.source.parent)
+            inputs["method"] += f" {self._fingerprint(fingerprint.of_file, entry.source)}"
+        trained = references.get(entry.reference) if entry.reference is not None else None
+        if trained is not None:
+            inputs["reference"] = trained.key
+        elif entry.reference is not None:
+            directory = self.references[entry.reference].model
+            assert directory is not None
+            task["reference"] = str(directory)
+            inputs["reference"] = self._fingerprint(fingerprint.of_model, directory)
+        return Job(
+            kind="run",
+            label=entry.label,
+            seed=seed,
+            method=entry.spec(),
+            role=entry.role,
+            task=task,
+            budget=self.budget.plain(),
+            reference=entry.reference if trained is not None else None,
+            inputs=inputs,
+            control=entry.control,
+        )
+
+    def _job_task(self, folder: Path, files: tuple[Path, ...]) -> dict[str, Any]:
+        return {
+            "kind": self.task.kind,
+            "model": self.task.model.spec,
+            "tokenizer": str(self._tokenizer_directory(folder)),
+            "train": [str(path) for path in files],
+            "train_blocks": str(self._blocks_file(folder, files)),
+            "eval": [str(path) for path in self.task.data.eval],
+            "held_out_windows": str(self._windows_file(folder)),
+            "text_field": self.task.data.text_field,
+            "sequence_length": self.task.sequence_length,
+            "training": self.training.model_dump(mode="json"),
+        }
+
+    def _job_inputs(self, folder: Path, files: tuple[Path, ...]) -> dict[str, str]:
+        spec = self.task.model.spec
+        if isinstance(spec, dict):
+            model = fingerprint.of_value(spec)
+        else:
+            model = self._fingerprint(fingerprint.of_model, Path(spec))
+        return {
+            "model": model,
+            "tokenizer": self._fingerprint(fingerprint.of_tokenizer, self._tokenizer_directory(folder)),
+            "train": self._fingerprint(fingerprint.of_data, files),
+            "eval": self._fingerprint(fingerprint.of_data, self.task.data.eval),
+            **fingerprint.versions(),
         }
 
     def _training_data(self) -> dict[str, tuple[Path, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +19,8 @@ from tokenwise.errors import InputError, Problem
 class Plan(Protocol):
     """What the runner needs of a plan."""
 
-    def prepare(self, folder: Path) -> object:
-        """Make in `folder` what the jobs share."""
+    def prepare(self, folder: Path, progress: Callable[[str], None]) -> object:
+        """Make in `folder` what the jobs share, and say what is being made."""
 
     def jobs(self, folder: Path) -> list[Job]:
         """The jobs, references before the runs that wait for them; `prepare` has run."""
@@ -48,10 +48,11 @@ def run_comparison(
         InputError: when another comparison is at work in the folder, or Ray is asked for and not installed.
     """
     folder = Path(folder).absolute()
-    with _locked(folder):
-        plan.prepare(folder)
+    with _locked(folder), _Display(console or Console()) as display:
+        plan.prepare(folder, display.stage)
         folders = _run_folders(plan.jobs(folder), folder / "runs")
-        with _Display(console or Console(), len(folders)) as display, _executor(ray) as executor:
+        display.expect(len(folders))
+        with _executor(ray) as executor:
             for kind in ("reference", "run"):
                 _run_missing([run for run in folders if run.job.kind == kind], executor, display)
     return [result for run in folders if (result := run.result()) is not None]
@@ -117,9 +118,9 @@ def _locked(folder: Path) -> Iterator[None]:
 class _Display(AbstractContextManager["_Display"]):
     """Runs done, the current one with its loss, and the time left; on anything but a terminal a line per run."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._total = total
+        self._total = 0
         self._done = 0
         self._live = Progress(
             TextColumn("{task.description}", markup=False),
@@ -131,8 +132,9 @@ class _Display(AbstractContextManager["_Display"]):
             disable=not console.is_terminal,
             transient=True,
             speed_estimate_period=600,
+            refresh_per_second=2,  # drawing takes time from what is being timed
         )
-        self._bar = self._live.add_task("runs", total=total, now="")
+        self._bar = self._live.add_task("runs", total=None, now="")
 
     def __enter__(self) -> _Display:
         self._live.start()
@@ -141,11 +143,24 @@ class _Display(AbstractContextManager["_Display"]):
     def __exit__(self, *error: object) -> None:
         self._live.stop()
 
+    def stage(self, what: str) -> None:
+        """Show what is being prepared."""
+        self._live.update(self._bar, now=what)
+        if not self._console.is_terminal:
+            self._print(f"{what} ...")
+
+    def expect(self, total: int) -> None:
+        """Say how many runs there are."""
+        self._total = total
+        self._live.update(self._bar, total=total, now="")
+
     def update(self, run: RunFolder, event: dict[str, Any]) -> None:
         """Show a progress event of a running job."""
         if event["event"] == "progress":
             now = f"{run.name}: {event['share']:.0%}, loss {event['loss']:.3f}"
             self._live.update(self._bar, completed=self._done + event["share"], now=now)
+        else:
+            self._live.update(self._bar, now=f"{run.name}: starting")
 
     def reused(self) -> None:
         """Count a result that was there already."""
@@ -160,8 +175,10 @@ class _Display(AbstractContextManager["_Display"]):
         else:
             outcome = f"failed. {result.reason if result else ''}"
         if not self._console.is_terminal or (result is not None and result.status == "failed"):
-            line = f"[{self._done}/{self._total}] {run.name}: {outcome}"
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._print(f"[{self._done}/{self._total}] {run.name}: {outcome}")
+
+    def _print(self, line: str) -> None:
+        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _count(self) -> None:
         self._done += 1

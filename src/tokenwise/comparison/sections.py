@@ -274,11 +274,13 @@ SECTIONS: dict[str, Any] = {
     "methods": list[Any],
     "baseline": str,
 }
+"""What stands under each key of a plan; methods are built later, from the catalog."""
 MISSING = {
     "task": "Write what to learn: {kind: language_modeling, model: ..., data: {train: ..., eval: ...}}.",
     "budget": "Write what every run may spend, such as {unit: tokens_seen, amount: 2000000}.",
     "methods": "Write the methods to compare, such as [uniform, {excess_loss: {keep: 0.6, reference: clean}}].",
 }
+"""The keys that every plan has, and what to write where one is missing."""
 
 
 @contextmanager
@@ -296,6 +298,7 @@ def _folder(info: ValidationInfo) -> Path:
 
 
 def existing_reference(name: str, folder: Path, where: str) -> Path:
+    """The directory of a trained causal language model; an InputError names `where` when there is none."""
     directory = load.locate(name, folder, where)
     load.read_config(directory, where)
     load.check_weights(directory, where)
@@ -359,4 +362,5 @@ def _owner(kind: Any, location: list[int | str]) -> Any:
 
 
 def shorten(value: Any) -> str:
+    """A value as an error shows it: its start where it is long."""
     return reprlib.repr(value)

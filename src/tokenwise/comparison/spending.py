@@ -50,6 +50,12 @@ class Spending:
             "tokens_trained": self._stats.get("labels_trained", 0),
         }
 
+    @property
+    def training_loss(self) -> tuple[float, float]:
+        """Sum of the unweighted training losses computed so far, in nats, and of how many tokens."""
+        count = self._stats.get("nll_labels", 0.0)
+        return self._stats.get("nll", 0.0) * count, count
+
     def costs(self) -> Costs:
         """Everything spent so far."""
         amounts = self._amounts()

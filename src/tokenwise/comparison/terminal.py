@@ -15,9 +15,12 @@ _STYLES = {"better": "bold green", "worse": "bold red", "failed": "red", "not fi
 
 
 def print_conclusion(conclusion: Conclusion, console: Console) -> None:
-    """Print the table of methods (it fits 100 columns), the failed runs, the notes and the answer."""
+    """Print the table of methods, the failed runs, the notes and the answer.
+
+    The table fits 100 columns; a narrower console (80 columns) gets it without memory and runs.
+    """
     if conclusion.rows:
-        console.print(_table(conclusion))
+        console.print(_table(conclusion, wide=console.width >= 100))
     for failure in conclusion.failures:
         console.print(Text(f"{failure.label}, seed {failure.seed}, failed: {failure.reason}", style="red"))
     for note in conclusion.notes:
@@ -26,24 +29,29 @@ def print_conclusion(conclusion: Conclusion, console: Console) -> None:
     console.print(Text(conclusion.sentence, style="bold"))
 
 
-def _table(conclusion: Conclusion) -> Table:
+def _table(conclusion: Conclusion, wide: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", overflow="fold", max_width=20)
+    longest = max(len(row.label) for row in conclusion.rows)
+    table.add_column("method", overflow="fold", min_width=min(longest, 16), max_width=20)
     table.add_column("nats/token", no_wrap=True)
     table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
     table.add_column("time", justify="right", max_width=14)
-    table.add_column("memory", justify="right", no_wrap=True)
-    table.add_column("runs", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("memory", justify="right", no_wrap=True)
+        table.add_column("runs", justify="right", no_wrap=True)
     for row in conclusion.rows:
+        memory_and_runs = (
+            "–" if row.costs.peak_memory_bytes is None else memory(row.costs.peak_memory_bytes),
+            f"{len(row.finished)}/{row.planned}",
+        )
         table.add_row(
             Text(row.label, style="bold" if row.label == conclusion.winner else ""),
             _loss(row, conclusion.decimals),
             _differences(row, conclusion.decimals),
             _flops(row),
             _seconds(row),
-            "–" if row.costs.peak_memory_bytes is None else memory(row.costs.peak_memory_bytes),
-            f"{len(row.finished)}/{row.planned}",
+            *(memory_and_runs if wide else ()),
         )
     return table
 

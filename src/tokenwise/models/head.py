@@ -74,7 +74,8 @@ def check_head(model: PreTrainedModel) -> None:
     try:
         model.eval()
         ours = head.logits(last_hidden(model, input_ids=ids).to(head.weight.dtype)).float()
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        # The class's forward: one left on the instance (accelerate's autocast, say) says nothing of the layout.
+        theirs = type(model).forward(model, input_ids=ids, use_cache=False).logits.float()
     except (TypeError, AttributeError, NotImplementedError) as error:
         raise _unknown_layout(model, f"running its backbone alone failed: {error}") from error
     finally:

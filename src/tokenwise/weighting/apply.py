@@ -32,8 +32,8 @@ class Weighing(Handle):
         method: the method.
         state: what the run of the method accumulated, or None.
         stats: sums and means over the micro-batches so far: ``labels``, ``labels_trained`` (weight other than zero),
-            ``mean_weight``, ``kept_share``, ``effective_sample_size`` (as a share of the labels) and ``nll`` (mean
-            unweighted loss over the tokens whose loss was computed).
+            ``mean_weight``, ``kept_share``, ``effective_sample_size`` (as a share of the labels), ``nll`` (mean
+            unweighted loss over the tokens whose loss was computed) and ``nll_labels`` (how many these are).
     """
 
     def __init__(self, forward: WeightedForward):
@@ -68,6 +68,7 @@ class Weighing(Handle):
             kept_share=sums["labels_trained"] / count,
             effective_sample_size=sums["weight"] ** 2 / max(sums["weight_squared"], 1e-30) / count,
             nll=sums["nll"] / max(sums["nll_labels"], 1),
+            nll_labels=sums["nll_labels"],
         )
 
     def correct_gradients(self, num_items_in_batch: Tensor | int) -> float:
@@ -148,7 +149,11 @@ def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int,
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
     rest = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
-    columns = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in COLUMNS]
+    columns = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in COLUMNS
+        if name not in signature.parameters
+    ]
     plain = [parameter for parameter in parameters if parameter not in rest]
     weighted.__signature__ = signature.replace(parameters=[*plain, *columns, *rest])  # type: ignore[attr-defined]
     weighted.tokenwise = handle  # type: ignore[attr-defined]
@@ -157,6 +162,7 @@ def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int,
     def stop() -> None:
         nonlocal active
         active = False
+        del weighted.tokenwise  # type: ignore[attr-defined]
 
     handle.on_undo(stop)
     return handle
