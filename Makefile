@@ -7,6 +7,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
+# Threads that wait sleep instead of spinning: small models run as fast, and a busy machine does not make them crawl.
+test demo: export OMP_WAIT_POLICY = PASSIVE
+
 .PHONY: help test demo lint format docs catalog clean
 
 help:

@@ -74,6 +74,27 @@ def test_every_mark_is_understood(page):
     assert len(marks) == len(lists) + len(blocks(page))
 
 
+def test_the_shown_plan_has_every_field_at_its_default():
+    from tokenwise.comparison import sections
+
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    plan = yaml.load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1], Loader=yaml.BaseLoader)
+    assert set(plan) == set(sections.SECTIONS)
+    shown = {
+        sections.Task: plan["task"],
+        sections.Data: plan["task"]["data"],
+        sections.Training: plan["training"],
+        sections.Budget: plan["budget"],
+        sections.Reference: plan["references"]["clean"] | plan["references"]["strong"],
+    }
+    for section, values in shown.items():
+        assert set(values) == set(section.model_fields), section
+        for name, field in section.model_fields.items():
+            if not field.is_required() and field.default is not None:
+                assert values[name] == str(field.default), name
+    assert plan["training"]["learning_rate"] == "5e-5"
+
+
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = {path for entry in yaml.safe_load(text)["nav"] for path in entry.values()}

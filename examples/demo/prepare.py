@@ -22,9 +22,9 @@ import re
 import sys
 from pathlib import Path
 
-DOCUMENT_CHARACTERS = 3_000
+DOCUMENT_CHARACTERS = 1_500
 DAMAGED_SHARE = 0.3
-CHARACTERS = {"train": 4_000_000, "clean": 1_500_000, "eval": 300_000}
+CHARACTERS = {"train": 2_000_000, "clean": 1_000_000, "eval": 100_000}
 PIECES_PER_FILE = {"train": 40, "clean": 40, "eval": 2}  # few per file in eval, so that it covers many files
 # Tests and generated tables are not what one would call source code; the rest is not part of the library.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
