@@ -93,3 +93,14 @@ def test_a_missing_plan_is_named(tmp_path, capsys):
 def test_a_method_to_export_needs_a_folder(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "plan.yaml"), "--method", "random"]) == 2
     assert "Add --export DIR" in capsys.readouterr().err
+
+
+def test_an_export_that_cannot_work_is_refused_before_anything_runs(folder, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    start = ["compare", str(folder / "plan.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*start, "--export", str(tmp_path / "full")]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    assert main([*start, "--export", str(tmp_path / "new"), "--method", "unifrom"]) == 2
+    assert "Did you mean 'uniform'?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

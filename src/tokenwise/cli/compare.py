@@ -38,8 +38,15 @@ def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tokenwise.comparison import compare
+    from tokenwise.comparison.export import check_label, check_target
+    from tokenwise.comparison.plan import read_plan
     from tokenwise.comparison.terminal import print_conclusion
 
+    # What would fail after hours of training must fail before it.
+    if options.export is not None:
+        check_target(options.export)
+    if options.method is not None:
+        check_label(options.method, [entry.label for entry in read_plan(options.plan).entries])
     console = Console()
     comparison = compare(options.plan, options.out, ray=options.ray, console=console)
     conclusion = comparison.conclusion

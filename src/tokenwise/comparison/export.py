@@ -39,9 +39,7 @@ def export_winner(
         message = f"the model of {best.job.label!r} (seed {best.job.seed}) is not in {str(folder)!r} any more."
         fix = f"Remove {str(folder / 'runs' / best.job.key)!r} and compare again, and it is trained again."
         raise InputError(Problem("--export", message, fix))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        fix = "Name another folder, or remove this one."
-        raise InputError(Problem("--export", f"{str(out)!r} exists and is not an empty folder.", fix))
+    check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         whole = Path(temporary, "model")
@@ -54,6 +52,29 @@ def export_winner(
     return out
 
 
+def check_target(out: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        InputError: when `out` exists and is not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        fix = "Name another folder, or remove this one."
+        raise InputError(Problem("--export", f"{str(out)!r} exists and is not an empty folder.", fix))
+
+
+def check_label(label: str, labels: Sequence[str]) -> None:
+    """Refuse a label that no method of the comparison has.
+
+    Raises:
+        InputError: with the nearest label.
+    """
+    if label not in labels:
+        raise InputError(
+            Problem("--method", f"no method of this comparison is called {label!r}.", nearest(label, labels))
+        )
+
+
 def _best_run(results: Sequence[Result], winner: str | None, method: str | None) -> Result:
     """The finished run of the method with the lowest held-out loss."""
     runs = [result for result in results if result.job.kind == "run"]
@@ -62,10 +83,7 @@ def _best_run(results: Sequence[Result], winner: str | None, method: str | None)
     if label is None:
         fix = f"Name one with --method: {', '.join(labels)}."
         raise InputError(Problem("--export", "there is no winner to export: no difference was shown.", fix))
-    if label not in labels:
-        raise InputError(
-            Problem("--method", f"no method of this comparison is called {label!r}.", nearest(label, labels))
-        )
+    check_label(label, labels)
     finished = [(run.quality.nats_per_token, run) for run in runs if run.job.label == label and run.quality is not None]
     if not finished:
         raise InputError(

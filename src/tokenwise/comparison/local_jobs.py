@@ -74,6 +74,8 @@ def _start(folder: RunFolder) -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            # Threads that wait sleep instead of spinning: on a busy machine spinning makes small models crawl.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             start_new_session=True,  # Ctrl-C ends the comparison, and that ends the server and its job
         )
 
