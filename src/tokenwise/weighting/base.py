@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from tokenwise.method import Method
@@ -79,13 +78,11 @@ class Run:
         seed: seed of the run.
         rank: index of this process among the data-parallel ones.
         device: where the model is.
-        reference_nll: fills `TokenBatch.reference_nll` when the method reads it; None while no reference is loaded.
     """
 
     seed: int = 0
     rank: int = 0
     device: torch.device | str = "cpu"
-    reference_nll: Callable[..., Tensor] | None = field(default=None, repr=False)
 
 
 class TokenWeighter(Method):
