@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,3 +239,15 @@ def test_cuda_gives_what_the_cpu_gives(dtype):
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
     for ours, theirs in zip(gradients(on_gpu, tensors), gradients(on_cpu, [hidden, weight]), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_dft_equals_trl():
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "trl_dft.json").read_text(encoding="utf-8"))
+    hidden, weight = (torch.tensor(golden[name], requires_grad=True) for name in ("hidden", "weight"))
+    labels = torch.tensor(golden["labels"])
+    loss = weighted_linear_cross_entropy(hidden, weight, labels, weights=tw.DFT())
+    assert loss.item() == pytest.approx(golden["loss"], abs=1e-6)
+    for ours, name in zip(gradients(loss, [hidden, weight]), ("hidden_gradient", "weight_gradient"), strict=True):
+        torch.testing.assert_close(ours, torch.tensor(golden[name]), atol=1e-6, rtol=1e-5)
+    found = head_module.token_statistics(hidden, head_module.OutputHead(weight), labels, entropy=True)
+    torch.testing.assert_close(found.entropy, torch.tensor(golden["entropy"]), atol=1e-5, rtol=0)

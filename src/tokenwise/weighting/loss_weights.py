@@ -17,7 +17,7 @@ class LossWeights(TokenWeighter):
         id="weighting/loss_weights",
         needs=("a column loss_weights, aligned with labels",),
         status="VERIFIED",
-        checked="a direct sum in fp64",
+        checked="the formula on worked numbers",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"loss_weights"})
 

@@ -43,7 +43,7 @@ class ReferenceProbabilityPower(PointwiseWeighter):
         id="weighting/reference_probability_power",
         needs=("a reference model with the same vocabulary",),
         status="VERIFIED",
-        checked="a direct sum in fp64",
+        checked="the formula on worked numbers",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"nll", "reference_nll"})
 

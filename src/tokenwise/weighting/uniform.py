@@ -17,7 +17,7 @@ class Uniform(PointwiseWeighter):
     card: ClassVar[Card] = Card(
         id="weighting/uniform",
         status="VERIFIED",
-        checked="loss and gradients of transformers' own causal language modelling loss",
+        checked="loss and update of transformers' own causal language modelling loss",
     )
 
     def pointwise(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
