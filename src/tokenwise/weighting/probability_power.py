@@ -86,7 +86,11 @@ class PowerAlpha(PointwiseWeighter):
 
     card: ClassVar[Card] = Card(
         id="weighting/power_alpha",
-        paper=Paper(title="Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning"),
+        paper=Paper(
+            title="Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model "
+            "Capability Continuum",
+            arxiv="2510.00526",
+        ),
         status="VERIFIED",
         checked="the gradient of mean((1 - p^alpha) / alpha), in fp64",
     )
