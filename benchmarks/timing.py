@@ -12,8 +12,12 @@ import torch
 def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
     for counted in range(-1, rounds):
-        for name, run in contestants.items():
+        # The order turns, so that nobody always follows the one that leaves the machine in the worst state.
+        turn = counted % len(names)
+        for name in names[turn:] + names[:turn]:
+            run = contestants[name]
             start = time.perf_counter()
             run()
             if torch.cuda.is_available():

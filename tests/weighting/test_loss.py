@@ -179,7 +179,7 @@ def test_low_memory_changes_nothing_but_the_tile(low_memory):
     hidden, weight, _, labels, weights = inputs(dtype=torch.float32)
     loss = weighted_linear_cross_entropy(hidden, weight, labels, weights=weights, low_memory=low_memory)
     torch.testing.assert_close(loss.double(), plain(hidden, weight, None, labels, weights))
-    assert head_module.tile_rows(32768, low_memory) == (512 if low_memory else 1024)
+    assert head_module.tile_rows(32768, low_memory) == (512 if low_memory else 1536)
 
 
 def test_a_pointwise_method_runs_inside_the_tile():
@@ -251,3 +251,15 @@ def test_dft_equals_trl():
         torch.testing.assert_close(ours, torch.tensor(golden[name]), atol=1e-6, rtol=1e-5)
     found = head_module.token_statistics(hidden, head_module.OutputHead(weight), labels, entropy=True)
     torch.testing.assert_close(found.entropy, torch.tensor(golden["entropy"]), atol=1e-5, rtol=0)
+
+
+def test_labels_of_vanishing_probability_have_exact_losses():
+    """Below the range of fp32 the loss comes from the logits: a difference of 200 is a loss of 200."""
+    hidden = torch.tensor([[200.0], [60.0], [1.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    labels = torch.tensor([1, 1, 1])
+    loss = weighted_linear_cross_entropy(hidden, weight, labels, denominator=1)
+    expected = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(gradients(loss, [hidden, weight]), gradients(expected, [hidden, weight]), strict=True):
+        torch.testing.assert_close(ours, theirs)

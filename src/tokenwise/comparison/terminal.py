@@ -17,7 +17,7 @@ _STYLES = {"better": "bold green", "worse": "bold red", "failed": "red", "not fi
 def print_conclusion(conclusion: Conclusion, console: Console) -> None:
     """Print the table of methods, the failed runs, the notes and the answer.
 
-    The table fits 100 columns; a narrower console (80 columns) gets it without memory and runs.
+    The table fits 100 columns; a narrower console (80 columns) gets it without spread, memory and runs.
     """
     if conclusion.rows:
         console.print(_table(conclusion, wide=console.width >= 100))
@@ -36,7 +36,7 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     table.add_column("nats/token", no_wrap=True)
     table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
-    table.add_column("time", justify="right", max_width=14)
+    table.add_column("time", justify="right", no_wrap=True)
     if wide:
         table.add_column("memory", justify="right", no_wrap=True)
         table.add_column("runs", justify="right", no_wrap=True)
@@ -47,7 +47,7 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
         )
         table.add_row(
             Text(row.label, style="bold" if row.label == conclusion.winner else ""),
-            _loss(row, conclusion.decimals),
+            _loss(row, conclusion.decimals, spread=wide),
             _differences(row, conclusion.decimals),
             _flops(row),
             _seconds(row),
@@ -56,11 +56,11 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     return table
 
 
-def _loss(row: Row, decimals: int) -> str:
+def _loss(row: Row, decimals: int, spread: bool) -> str:
     if row.nats_per_token is None:
         return "–"
-    spread = "" if row.spread is None else f" ±{plain(row.spread, decimals)}"
-    return plain(row.nats_per_token, decimals) + spread
+    around = "" if row.spread is None or not spread else f" ±{plain(row.spread, decimals)}"
+    return plain(row.nats_per_token, decimals) + around
 
 
 def _differences(row: Row, decimals: int) -> Text:

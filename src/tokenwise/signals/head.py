@@ -12,7 +12,7 @@ from torch import Tensor
 IGNORED = -100
 """The label of a position that has none."""
 
-_TILE_BYTES = 128 * 2**20
+_TILE_BYTES = 192 * 2**20
 _LOW_MEMORY_TILE_BYTES = 64 * 2**20
 
 
@@ -82,7 +82,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def tile_rows(vocabulary: int, low_memory: bool = False) -> int:
-    """Rows per tile: 128 MiB of fp32 logits (64 MiB in low-memory mode), at least 16 rows."""
+    """Rows per tile: 192 MiB of fp32 logits (64 MiB in low-memory mode), at least 16 rows."""
     return max(16, (_LOW_MEMORY_TILE_BYTES if low_memory else _TILE_BYTES) // (4 * vocabulary))
 
 

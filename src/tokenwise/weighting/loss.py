@@ -15,6 +15,9 @@ from tokenwise.weighting.base import PointwiseWeighter, TokenBatch
 
 Pointwise = Callable[[TokenBatch], tuple[Tensor, Tensor]]
 
+_SMALLEST_PROBABILITY = 1e-30
+"""Below it a probability may have lost digits to the range of fp32, and its logarithm is taken from the logits."""
+
 
 def weighted_linear_cross_entropy(
     hidden: Tensor,
@@ -174,7 +177,7 @@ class _WeightedSum(torch.autograd.Function):
         device = hidden.device
 
         hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros(weight.shape, dtype=wide, device=device) if needs_weight else None
+        weight_gradient = torch.empty(weight.shape, dtype=wide, device=device) if needs_weight else None
         bias_gradient = torch.zeros(vocabulary, dtype=wide, device=device) if needs_bias else None
         # Positions without a gap need neither a gather nor a scatter.
         dense = count == hidden.shape[0]
@@ -192,21 +195,22 @@ class _WeightedSum(torch.autograd.Function):
                 labels = batch.labels[part].unsqueeze(1)
                 logits = tile[: chosen.shape[0]]
                 head.logits_into(logits, chosen, factors)
-                of_label = logits.gather(1, labels).squeeze(1)
-                largest = logits.amax(1)
                 if spare is None:
                     probabilities = torch.softmax(logits, 1, out=logits)
                 else:
                     probabilities = torch.softmax(logits, 1, out=spare[: chosen.shape[0]])
-                # The largest probability is at least 1 / vocabulary, so its logarithm loses nothing.
-                normalizer = largest - probabilities.amax(1).log()
-                losses = (normalizer - of_label).clamp_min_(0)
+                of_label = probabilities.gather(1, labels).squeeze(1)
+                losses = of_label.log().neg_().clamp_min_(0)
+                lost = of_label < _SMALLEST_PROBABILITY
+                if lost.any():
+                    losses[lost] = _losses_of(head, chosen[lost], factors, labels[lost], wide)
                 nll[part] = losses
                 if callable(weights):
                     seen = _slice(batch, part)
                     seen.nll = losses
                     if entropy:
                         mean_logit = torch.bmm(probabilities.unsqueeze(1), logits.unsqueeze(2)).view(-1)
+                        normalizer = logits.gather(1, labels).squeeze(1) + losses
                         seen.entropy = (normalizer - mean_logit).clamp_min_(0)
                     values, slope = weights(seen)
                 elif weights is None:
@@ -234,10 +238,13 @@ class _WeightedSum(torch.autograd.Function):
                     else:
                         hidden_gradient.index_copy_(0, rows[part], (narrow @ factors).to(hidden.dtype))
                 if weight_gradient is not None:
-                    add_product(weight_gradient, narrow.t(), chosen)
+                    # The first product fills the sum, which saves a pass of zeros over it.
+                    (add_product if part.start else multiply_into)(weight_gradient, narrow.t(), chosen)
                 if bias_gradient is not None:
                     bias_gradient += gradient.sum(0)
 
+        if weight_gradient is not None and not count:
+            weight_gradient.zero_()
         # Not save_for_backward: these are no inputs or outputs, and backward may scale them in place.
         ctx.gradients = (
             hidden_gradient,
@@ -262,6 +269,12 @@ class _WeightedSum(torch.autograd.Function):
             for gradient in gradients
         ]
         return (*scaled, None, None, None, None, None, None, None)
+
+
+def _losses_of(head: OutputHead, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    logits = torch.empty(hidden.shape[0], head.vocabulary, dtype=dtype, device=hidden.device)
+    head.logits_into(logits, hidden, weight)
+    return logits.logsumexp(1) - logits.gather(1, labels).squeeze(1)
 
 
 def _slice(batch: TokenBatch, part: slice) -> TokenBatch:
