@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import tokenwise as tw
 from tokenwise.errors import InputError
+from tokenwise.models.reference import ReferenceModel
 from tokenwise.weighting.base import TokenBatch
 
 # The models are fp64, but transformers' RMSNorm and rotary embedding compute in fp32 whatever the model's type.
@@ -416,3 +417,14 @@ def test_the_head_is_checked_anew_after_mixed_precision_training(tiny_llama, tmp
     model, _, handle = train(tiny_llama, rows, tw.DFT(), tmp_path, 4, 2, bf16=True)
     handle.undo()
     tw.weigh(model, tw.DFT()).undo()
+
+
+def test_a_whole_steps_selection_runs_the_reference_once(tiny_llama, reference_directory, tmp_path, monkeypatch):
+    calls = []
+    plain = ReferenceModel.nll
+    monkeypatch.setattr(
+        ReferenceModel, "nll", lambda self, *args, **inputs: calls.append(1) or plain(self, *args, **inputs)
+    )
+    method = tw.ExcessLoss(keep=0.5, reference=reference_directory, scope="step")
+    train(tiny_llama, padded(sequences(), "right"), method, tmp_path, 4, 2)
+    assert len(calls) == 2

@@ -126,7 +126,8 @@ class WeightedForward:
         token_weights: Tensor | None = None,
     ) -> Weighed:
         """The weighted sum and the denominator of one micro-batch; targets and columns are shifted already."""
-        batch, rows = self._batch(targets, columns, args, inputs)
+        # Weights decided beforehand have had the reference run for them already.
+        batch, rows = self._batch(targets, columns, args, inputs, filled=token_weights is None)
         method = self.method
         weights: Tensor | Pointwise
         if token_weights is not None:
@@ -178,14 +179,20 @@ class WeightedForward:
         return weights.detach()
 
     def _batch(
-        self, targets: Tensor, columns: dict[str, Tensor], args: tuple[Any, ...], inputs: dict[str, Any]
+        self,
+        targets: Tensor,
+        columns: dict[str, Tensor],
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+        filled: bool = True,
     ) -> tuple[TokenBatch, Tensor]:
+        """The labelled tokens and their rows; `filled` with the columns and reference losses the method reads."""
         labels = targets.reshape(-1)
         rows = labels.ne(IGNORED).nonzero().squeeze(1)
         ids = _sequence_ids(targets, inputs.get("position_ids")).reshape(-1)[rows]
         names, sequence = torch.unique(ids, return_inverse=True)
         batch = TokenBatch(labels[rows], sequence, names.shape[0], self.step)
-        for name in self.method.reads & set(COLUMNS):
+        for name in self.method.reads & set(COLUMNS) if filled else ():
             if name in columns:
                 setattr(batch, name, columns[name].reshape(-1)[rows].float())
             elif name == "reference_nll" and self.reference is not None:
