@@ -44,6 +44,10 @@ def _matrix_product_added(total: Shape, left: Shape, right: Shape, *args: Any, *
     return _matrix_product(left, right)
 
 
+def _linear(rows: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(rows) * weight[0]
+
+
 def _integer_matrix_product(left: Shape, right: Shape, *args: Any, **kwargs: Any) -> int:
     return _matrix_product(left, right)
 
@@ -94,6 +98,7 @@ _UNCOUNTED_BY_TORCH: dict[Any, Callable[..., int]] = {
     aten.addbmm_: _matrix_product_added,
     aten.baddbmm_: _matrix_product_added,
     aten._addmm_activation: _matrix_product_added,
+    torch.ops.mkldnn._linear_pointwise: _linear,
     aten._int_mm: _integer_matrix_product,
     aten._grouped_mm: _grouped_matrix_product,
     aten.mv: _vector_product,

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenwise.signals.products import multiply
+
 IGNORED = -100
 """The label of a position that has none."""
 
-_TILE_BYTES = 192 * 2**20
-_LOW_MEMORY_TILE_BYTES = 64 * 2**20
+_TILE_BYTES = 144 * 2**20
+_LOW_MEMORY_TILE_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,43 +48,23 @@ class OutputHead:
         kind = hidden.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
-    def logits_into(self, tile: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Write the logits of `hidden` [rows, hidden] into `tile` [rows, vocabulary] (fp32 or fp64).
+    def tile_of_logits(self, hidden: Tensor, weight: Tensor, tile: Tensor) -> Tensor:
+        """The logits of `hidden` [rows, hidden], in `tile` [rows, vocabulary] (fp32 or fp64) where that is fastest.
 
         `hidden` and `weight` are in the compute dtype already, so that the conversion happens once per call.
         """
-        multiply_into(tile, hidden, weight.t())
+        logits = multiply(hidden, weight, tile.dtype, out=tile)
         if self.bias is not None:
-            tile.add_(self.bias)
+            logits.add_(self.bias)
         if self.logit_scale != 1.0:
-            tile.mul_(self.logit_scale)
+            logits.mul_(self.logit_scale)
         if self.softcap is not None:
-            tile.div_(self.softcap).tanh_().mul_(self.softcap)
-
-
-def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out = left @ right``, where `out` may be wider (fp32) than the factors (bf16, fp16)."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    elif out.is_cuda:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(left @ right)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right`` with the sum kept in `total`'s own (wider) type."""
-    if left.dtype == total.dtype:
-        torch.addmm(total, left, right, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        # CPU has no product of bf16 factors into fp32; rounding each tile's product to bf16 would bias the sum.
-        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
 
 def tile_rows(vocabulary: int, low_memory: bool = False) -> int:
-    """Rows per tile: 192 MiB of fp32 logits (64 MiB in low-memory mode), at least 16 rows."""
+    """Rows per tile: 144 MiB of fp32 logits (48 MiB in low-memory mode), at least 16 rows."""
     return max(16, (_LOW_MEMORY_TILE_BYTES if low_memory else _TILE_BYTES) // (4 * vocabulary))
 
 
@@ -124,7 +106,7 @@ def token_statistics(
         labels: label of each row, [rows], int64, none ignored.
         rows: the positions to score, [rows], int64; all of them unless given.
         entropy: whether to compute the entropy too (needs a second tile).
-        low_memory: halve the tile.
+        low_memory: use tiles of a third of the size.
     """
     count = labels.shape[0]
     dtype = head.compute_dtype(hidden)
@@ -138,8 +120,7 @@ def token_statistics(
     with torch.autocast(hidden.device.type, enabled=False):
         for part in row_tiles(count, size):
             chosen = hidden[part] if rows is None else hidden.index_select(0, rows[part])
-            logits = tile[: chosen.shape[0]]
-            head.logits_into(logits, chosen.to(dtype), weight)
+            logits = head.tile_of_logits(chosen.to(dtype), weight, tile[: chosen.shape[0]])
             of_label = logits.gather(1, labels[part].unsqueeze(1)).squeeze(1)
             largest = logits.amax(1)
             if spare is None:
@@ -152,4 +133,6 @@ def token_statistics(
             if entropies is not None:
                 mean_logit = torch.bmm(exponentials.unsqueeze(1), logits.unsqueeze(2)).view(-1) / total
                 entropies[part] = (normalizer - mean_logit).clamp_min_(0)
+            # Where the product allocates, two tiles would live at once.
+            del logits, exponentials
     return TokenStatistics(nll, entropies)

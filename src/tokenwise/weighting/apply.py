@@ -38,7 +38,7 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
             accumulation pass ``num_items_in_batch`` to the model, and call `Weighing.correct_gradients`.
         method: the method.
         seed: seed of the method's own draws; on a Trainer its `args.seed` is used.
-        low_memory: halve the tile in which logits exist.
+        low_memory: use a third of the tile in which logits exist.
 
     Returns:
         A handle: `undo()` or leaving its ``with`` block puts everything back.
@@ -150,7 +150,7 @@ def weighted_loss(
             model reads ``reference_nll`` here; `weigh` loads the reference itself, once.
         method: the method.
         state: what ``method.start(...)`` gave, for methods that keep a state.
-        low_memory: halve the tile in which logits exist.
+        low_memory: use a third of the tile in which logits exist.
 
     Returns:
         A scalar with gradient; a differentiable zero when every label is -100.

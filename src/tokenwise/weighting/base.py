@@ -39,6 +39,7 @@ class TokenBatch:
         entropy: entropy of the current model's next-token distribution, in nats, fp32.
         reference_nll: as `nll`, under the method's reference model.
         loss_weights: the data's own column of weights, fp32.
+        sample_id: which sample of the data set each token belongs to, int64, the same in every epoch.
     """
 
     labels: Tensor
@@ -49,6 +50,7 @@ class TokenBatch:
     entropy: Tensor | None = None
     reference_nll: Tensor | None = None
     loss_weights: Tensor | None = None
+    sample_id: Tensor | None = None
 
     def groups(self, scope: Scope) -> Tensor | None:
         """The group of each token under `scope`: its sequence, or None where all tokens here are one group.
@@ -97,7 +99,7 @@ class TokenWeighter(Method):
     traits: ClassVar[tuple[str, ...]] = ("reads", "reduction", "selects", "kind")
     kind: ClassVar[str] = "weights"
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Which of ``nll``, ``entropy``, ``reference_nll`` and ``loss_weights`` the weights are made from."""
+    """Which of the tensors of a `TokenBatch` the weights are made from; the others are left out."""
     reduction: ClassVar[Reduction] = "token_mean"
     selects: ClassVar[bool] = False
     """Whether the weights are 0 or 1, so that a random choice of as many is a fair control."""

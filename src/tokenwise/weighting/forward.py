@@ -18,7 +18,7 @@ from tokenwise.signals.head import IGNORED, token_statistics
 from tokenwise.weighting.base import PointwiseWeighter, State, TokenBatch, TokenWeighter
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
-COLUMNS = ("loss_weights", "reference_nll")
+COLUMNS = ("loss_weights", "reference_nll", "sample_id")
 """What a batch may carry beside the model's own inputs: [batch, tokens], index t speaks of label t."""
 
 
@@ -194,7 +194,8 @@ class WeightedForward:
         batch = TokenBatch(labels[rows], sequence, names.shape[0], self.step)
         for name in self.method.reads & set(COLUMNS) if filled else ():
             if name in columns:
-                setattr(batch, name, columns[name].reshape(-1)[rows].float())
+                values = columns[name].reshape(-1)[rows]
+                setattr(batch, name, values.long() if name == "sample_id" else values.float())
             elif name == "reference_nll" and self.reference is not None:
                 batch.reference_nll = self.reference.nll(rows, batch.labels, *args, **inputs)
             else:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenwise.errors import InputError, Problem
-from tokenwise.signals.head import IGNORED, OutputHead, add_product, multiply_into, row_tiles, tile_rows
+from tokenwise.signals.head import IGNORED, OutputHead, row_tiles, tile_rows
+from tokenwise.signals.products import SumOfProducts, multiply
 from tokenwise.weighting.base import PointwiseWeighter, TokenBatch
 
 Pointwise = Callable[[TokenBatch], tuple[Tensor, Tensor]]
@@ -47,7 +48,7 @@ def weighted_linear_cross_entropy(
         softcap: bound of the logits as in Gemma 2, or None.
         logit_scale: factor on the logits as in Cohere.
         denominator: what the weighted sum is divided by; the number of labels unless given.
-        low_memory: use tiles of half the size.
+        low_memory: use tiles of a third of the size, and no second copy of the weight's gradient.
 
     Returns:
         A scalar (fp32, or fp64 for fp64 inputs); a differentiable zero where no label is left.
@@ -122,7 +123,7 @@ def weighted_sum(
         batch: these tokens; its tensors are sliced along with the tiles for a pointwise function.
         weights: [tokens], or a function from a TokenBatch with `nll` to (loss, d loss / d nll), or None for 1.
         entropy: whether the pointwise function reads the entropy.
-        low_memory: use tiles of half the size.
+        low_memory: use tiles of a third of the size, and no second copy of the weight's gradient.
     """
     kept = None
     if isinstance(weights, Tensor):
@@ -177,7 +178,6 @@ class _WeightedSum(torch.autograd.Function):
         device = hidden.device
 
         hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
-        weight_gradient = torch.empty(weight.shape, dtype=wide, device=device) if needs_weight else None
         bias_gradient = torch.zeros(vocabulary, dtype=wide, device=device) if needs_bias else None
         # Positions without a gap need neither a gather nor a scatter.
         dense = count == hidden.shape[0]
@@ -188,13 +188,15 @@ class _WeightedSum(torch.autograd.Function):
         size = min(tile_rows(vocabulary, low_memory), count)
         tile = torch.empty(size, vocabulary, dtype=wide, device=device)
         spare = torch.empty_like(tile) if entropy or head.softcap is not None else None
+        weight_gradient = None
+        if needs_weight:
+            weight_gradient = SumOfProducts(*weight.shape, rows=size, dtype=wide, device=device, low_memory=low_memory)
 
         with torch.autocast(device.type, enabled=False):
             for part in row_tiles(count, size):
                 chosen = (hidden[part] if dense else hidden.index_select(0, rows[part])).to(dtype)
                 labels = batch.labels[part].unsqueeze(1)
-                logits = tile[: chosen.shape[0]]
-                head.logits_into(logits, chosen, factors)
+                logits = head.tile_of_logits(chosen, factors, tile[: chosen.shape[0]])
                 if spare is None:
                     probabilities = torch.softmax(logits, 1, out=logits)
                 else:
@@ -233,22 +235,22 @@ class _WeightedSum(torch.autograd.Function):
                     gradient.mul_(scale.unsqueeze(1))
                 narrow = gradient.to(dtype)
                 if hidden_gradient is not None:
-                    if dense and hidden_gradient.dtype == dtype:
-                        multiply_into(hidden_gradient[part], narrow, factors)
+                    product = multiply(narrow, factors.t(), dtype)
+                    if dense:
+                        hidden_gradient[part] = product
                     else:
-                        hidden_gradient.index_copy_(0, rows[part], (narrow @ factors).to(hidden.dtype))
+                        hidden_gradient.index_copy_(0, rows[part], product.to(hidden.dtype))
                 if weight_gradient is not None:
-                    # The first product fills the sum, which saves a pass of zeros over it.
-                    (add_product if part.start else multiply_into)(weight_gradient, narrow.t(), chosen)
+                    weight_gradient.add(narrow, chosen)
                 if bias_gradient is not None:
                     bias_gradient += gradient.sum(0)
+                # Where the product allocates, two tiles would live at once.
+                del logits, probabilities, gradient, narrow
 
-        if weight_gradient is not None and not count:
-            weight_gradient.zero_()
         # Not save_for_backward: these are no inputs or outputs, and backward may scale them in place.
         ctx.gradients = (
             hidden_gradient,
-            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None if weight_gradient is None else weight_gradient.total().to(weight.dtype),
             None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
         )
         ctx.mark_non_differentiable(nll, slopes)
@@ -272,8 +274,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _losses_of(head: OutputHead, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    logits = torch.empty(hidden.shape[0], head.vocabulary, dtype=dtype, device=hidden.device)
-    head.logits_into(logits, hidden, weight)
+    tile = torch.empty(hidden.shape[0], head.vocabulary, dtype=dtype, device=hidden.device)
+    logits = head.tile_of_logits(hidden, weight, tile)
     return logits.logsumexp(1) - logits.gather(1, labels).squeeze(1)
 
 
@@ -284,4 +286,5 @@ def _slice(batch: TokenBatch, part: slice) -> TokenBatch:
         sequence=batch.sequence[part],
         reference_nll=None if batch.reference_nll is None else batch.reference_nll[part],
         loss_weights=None if batch.loss_weights is None else batch.loss_weights[part],
+        sample_id=None if batch.sample_id is None else batch.sample_id[part],
     )

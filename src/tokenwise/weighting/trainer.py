@@ -139,7 +139,7 @@ def _decide_whole_step(trainer: Trainer, handle: Weighing, samples: list[dict[st
         sample["token_weights"] = part
 
 
-_TENSORS = ("nll", "entropy", "reference_nll", "loss_weights")
+_TENSORS = ("nll", "entropy", "reference_nll", "loss_weights", "sample_id")
 
 
 def _join(batches: list[TokenBatch]) -> TokenBatch:
