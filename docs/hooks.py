@@ -1,11 +1,14 @@
 """Fills the pages' lists of methods from the catalog, so that they cannot go stale.
 
-A page says where: ``<!-- methods: weighting -->`` becomes a table of the family, ``<!-- cards -->`` every card.
+A page says where: ``<!-- methods: weighting -->`` becomes a table of the family, ``<!-- cards -->`` every card,
+``<!-- correctness -->`` the table that tests/weighting/correctness.py measures.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from tokenwise import catalog
@@ -22,7 +25,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         lambda found: table([entry for entry in entries if entry["family"] == found[1]]),
         markdown,
     )
-    return markdown.replace("<!-- cards -->", "\n\n".join(card(entry) for entry in entries))
+    markdown = markdown.replace("<!-- cards -->", "\n\n".join(card(entry) for entry in entries))
+    return markdown.replace("<!-- correctness -->", correctness())
+
+
+def correctness() -> str:
+    """Which method gives the exact update in which layout of the batch."""
+    found = json.loads(Path(__file__).with_name("correctness.json").read_text(encoding="utf-8"))
+    layouts = list(next(iter(found.values())))
+    lines = [_row("method", *layouts), "|---" * (len(layouts) + 1) + "|"]
+    return "\n".join([*lines, *(_row(f"`{name}`", *row.values()) for name, row in found.items())])
 
 
 def table(entries: list[Entry]) -> str:
