@@ -64,6 +64,10 @@ def packed(pairs, per_row):
     return rows
 
 
+def with_sample_ids(rows):
+    return [{**row, "sample_id": torch.full_like(row["input_ids"], index)} for index, row in enumerate(rows)]
+
+
 def train(model, rows, method, tmp_path, batch=8, accumulate=1, clip=0.0, steps=1, resume=None, **options):
     model = copy.deepcopy(model)
     arguments = TrainingArguments(
@@ -399,6 +403,15 @@ def test_two_processes_give_the_update_of_one(tiny_llama, reference_directory, t
             if key != "loss":
                 assert (value - theirs[key]).abs().max() < TOLERANCE, f"{name}: {key}"
         assert found["loss"].item() == pytest.approx(loss, abs=1e-6)
+    rows = with_sample_ids(padded(sequences(), "right"))
+    expected, losses, handle = train(model, rows, tw.GLOW(), tmp_path, steps=3)
+    found, theirs = load_file(tmp_path / "glow.safetensors"), expected.state_dict()
+    assert found.pop("loss").item() == pytest.approx(losses[-1], abs=1e-6)
+    assert max((value - theirs[key]).abs().max() for key, value in found.items()) < TOLERANCE
+    for rank in (0, 1):
+        history = load_file(tmp_path / f"history {rank}.safetensors")
+        for name, values in handle.state.tensors().items():
+            torch.testing.assert_close(history[name], values, atol=1e-6, rtol=0)
 
 
 def test_lora_trains_as_with_the_stock_loss(tiny_llama, tmp_path):
