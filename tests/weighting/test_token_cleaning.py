@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from test_trainer import distance, padded, sequences, train
 
 import tokenwise as tw
 from tokenwise.errors import InputError
@@ -84,3 +85,17 @@ def test_training_on_columns_equals_training_on_a_cleaned_data_set(tiny_llama):
     cleaned = clean_tokens(Dataset.from_dict({name: GOLDEN[name] for name in COLUMNS}), 0.6, "sequence")
     expected = tiny_llama(input_ids=batch["input_ids"], labels=stacked(cleaned["labels"], -100)).loss
     torch.testing.assert_close(found, expected)
+
+
+def test_a_ranking_over_the_step_is_the_same_however_it_is_divided(tiny_llama, tmp_path):
+    generator = torch.Generator().manual_seed(4)
+    rows = [
+        {**row, **{name: torch.rand(12, generator=generator) for name in COLUMNS[1:]}}
+        for row in padded(sequences(), "right")
+    ]
+    method = tw.TokenCleaning(keep=0.4, scope="step")
+    one, losses, handle = train(tiny_llama.double(), rows, method, tmp_path, 8, 1, steps=2)
+    four, theirs, _ = train(tiny_llama, rows, method, tmp_path, 2, 4, steps=2)
+    assert distance(one, four) < 1e-6
+    assert theirs == pytest.approx(losses, abs=1e-6)
+    assert handle.stats["kept_share"] == pytest.approx(0.4, abs=0.01)

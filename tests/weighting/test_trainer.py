@@ -97,13 +97,15 @@ def train(model, rows, method, tmp_path, batch=8, accumulate=1, clip=0.0, steps=
 def reference_step(model, pairs, method, reference=None, clip=0.0):
     """One SGD step on whole logits in fp64, all sequences at once and unpadded: (loss, model)."""
     model = copy.deepcopy(model)
-    losses, entropies, targets, ids, reference_losses = [], [], [], [], []
+    losses, entropies, top_entropies, targets, ids, reference_losses = [], [], [], [], [], []
     for index, (tokens, labels) in enumerate(pairs):
         kept = labels[1:] != -100
         logits = model(tokens[None]).logits[0, :-1][kept]
         target = labels[1:][kept]
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         entropies.append(-(logits.softmax(1) * logits.log_softmax(1)).sum(1))
+        likeliest = logits.topk(20).values
+        top_entropies.append(-(likeliest.softmax(1) * likeliest.log_softmax(1)).sum(1))
         targets.append(target)
         ids.append(torch.full_like(target, index))
         if reference is not None:
@@ -120,6 +122,7 @@ def reference_step(model, pairs, method, reference=None, clip=0.0):
         nll.detach(),
         torch.cat(entropies).detach(),
         torch.cat(reference_losses) if reference is not None else None,
+        top_entropy=torch.cat(top_entropies).detach(),
     )
     weights = method.weights(batch, None)
     if isinstance(method, tw.Focal):
@@ -171,6 +174,8 @@ METHODS = {
     "excess_loss sequence": lambda reference: tw.ExcessLoss(keep=0.6, reference=reference, scope="sequence"),
     "excess_loss step": lambda reference: tw.ExcessLoss(keep=0.6, reference=reference, scope="step"),
     "dynamic_loss step": lambda reference: tw.DynamicLoss(scope="step"),
+    "eaft": lambda reference: tw.EAFT(),
+    "kldro step": lambda reference: tw.KLDRO(scope="step"),
     "top_entropy step": lambda reference: tw.TopEntropy(keep=0.4, scope="step"),
     "prior": lambda reference: tw.Prior(reference=reference),
     "focal weight_mean": lambda reference: FocalWeightMean(),

@@ -40,10 +40,10 @@ class GLOW(TokenWeighter):
     clamped; a sample seen for the first time weighs 1, which makes the first epoch plain training on sequence means.
     Only from the second epoch on does the method do anything.
 
-    At the defaults all later weights lie between 0.5 and 1, so the steps of later epochs are up to half as large;
-    alpha = 2 centres them on 1. Where gradients are accumulated or several processes train, the samples of the step
-    are scored together first, at the cost of another forward pass. Each sample has one loss: give packed or split
-    sequences the ids of the samples they come from.
+    At the defaults a sample whose loss fell weighs 0.5, by however little it fell, and one whose loss rose up to 1:
+    the steps of later epochs are about half as large. alpha = 2 gives 1 where nothing changed. Where gradients are
+    accumulated or several processes train, the samples of the step are scored together first, at the cost of another
+    forward pass. Each sample has one loss: give packed or split sequences the ids of the samples they come from.
     """
 
     card: ClassVar[Card] = Card(
