@@ -69,11 +69,16 @@ def test_token_statistics_equal_the_whole_logits(dtype, monkeypatch):
     labels = torch.randint(33, (40,))
     rows = torch.randperm(60)[:40]
     head = OutputHead(weight, bias, logit_scale=1.5, softcap=4.0)
-    found = token_statistics(hidden, head, labels, rows=rows, entropy=True)
+    found = token_statistics(hidden, head, labels, rows=rows, reads={"entropy", "top_entropy"})
     distribution = torch.distributions.Categorical(logits=head.logits(hidden[rows]))
     torch.testing.assert_close(found.nll, -distribution.log_prob(labels))
     torch.testing.assert_close(found.entropy, distribution.entropy())
-    assert token_statistics(hidden, head, labels, rows=rows).entropy is None
+    likeliest = torch.distributions.Categorical(logits=head.logits(hidden[rows]).topk(20).values)
+    torch.testing.assert_close(found.top_entropy, likeliest.entropy())
+    plain = token_statistics(hidden, head, labels, rows=rows, reads={"top_entropy"})
+    torch.testing.assert_close(plain.top_entropy, found.top_entropy)
+    assert plain.entropy is None
+    assert token_statistics(hidden, head, labels, rows=rows).top_entropy is None
 
 
 @given(rows=st.integers(0, 1000), size=st.integers(1, 300))

@@ -249,7 +249,7 @@ def test_dft_equals_trl():
     assert loss.item() == pytest.approx(golden["loss"], abs=1e-6)
     for ours, name in zip(gradients(loss, [hidden, weight]), ("hidden_gradient", "weight_gradient"), strict=True):
         torch.testing.assert_close(ours, torch.tensor(golden[name]), atol=1e-6, rtol=1e-5)
-    found = head_module.token_statistics(hidden, head_module.OutputHead(weight), labels, entropy=True)
+    found = head_module.token_statistics(hidden, head_module.OutputHead(weight), labels, reads={"entropy"})
     torch.testing.assert_close(found.entropy, torch.tensor(golden["entropy"]), atol=1e-5, rtol=0)
 
 

@@ -64,6 +64,10 @@ def packed(pairs, per_row):
     return rows
 
 
+def with_sample_ids(rows):
+    return [{**row, "sample_id": torch.full_like(row["input_ids"], index)} for index, row in enumerate(rows)]
+
+
 def train(model, rows, method, tmp_path, batch=8, accumulate=1, clip=0.0, steps=1, resume=None, **options):
     model = copy.deepcopy(model)
     arguments = TrainingArguments(
@@ -93,13 +97,15 @@ def train(model, rows, method, tmp_path, batch=8, accumulate=1, clip=0.0, steps=
 def reference_step(model, pairs, method, reference=None, clip=0.0):
     """One SGD step on whole logits in fp64, all sequences at once and unpadded: (loss, model)."""
     model = copy.deepcopy(model)
-    losses, entropies, targets, ids, reference_losses = [], [], [], [], []
+    losses, entropies, top_entropies, targets, ids, reference_losses = [], [], [], [], [], []
     for index, (tokens, labels) in enumerate(pairs):
         kept = labels[1:] != -100
         logits = model(tokens[None]).logits[0, :-1][kept]
         target = labels[1:][kept]
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         entropies.append(-(logits.softmax(1) * logits.log_softmax(1)).sum(1))
+        likeliest = logits.topk(20).values
+        top_entropies.append(-(likeliest.softmax(1) * likeliest.log_softmax(1)).sum(1))
         targets.append(target)
         ids.append(torch.full_like(target, index))
         if reference is not None:
@@ -116,6 +122,7 @@ def reference_step(model, pairs, method, reference=None, clip=0.0):
         nll.detach(),
         torch.cat(entropies).detach(),
         torch.cat(reference_losses) if reference is not None else None,
+        top_entropy=torch.cat(top_entropies).detach(),
     )
     weights = method.weights(batch, None)
     if isinstance(method, tw.Focal):
@@ -167,6 +174,8 @@ METHODS = {
     "excess_loss sequence": lambda reference: tw.ExcessLoss(keep=0.6, reference=reference, scope="sequence"),
     "excess_loss step": lambda reference: tw.ExcessLoss(keep=0.6, reference=reference, scope="step"),
     "dynamic_loss step": lambda reference: tw.DynamicLoss(scope="step"),
+    "eaft": lambda reference: tw.EAFT(),
+    "kldro step": lambda reference: tw.KLDRO(scope="step"),
     "top_entropy step": lambda reference: tw.TopEntropy(keep=0.4, scope="step"),
     "prior": lambda reference: tw.Prior(reference=reference),
     "focal weight_mean": lambda reference: FocalWeightMean(),
@@ -399,6 +408,15 @@ def test_two_processes_give_the_update_of_one(tiny_llama, reference_directory, t
             if key != "loss":
                 assert (value - theirs[key]).abs().max() < TOLERANCE, f"{name}: {key}"
         assert found["loss"].item() == pytest.approx(loss, abs=1e-6)
+    rows = with_sample_ids(padded(sequences(), "right"))
+    expected, losses, handle = train(model, rows, tw.GLOW(), tmp_path, steps=3)
+    found, theirs = load_file(tmp_path / "glow.safetensors"), expected.state_dict()
+    assert found.pop("loss").item() == pytest.approx(losses[-1], abs=1e-6)
+    assert max((value - theirs[key]).abs().max() for key, value in found.items()) < TOLERANCE
+    for rank in (0, 1):
+        history = load_file(tmp_path / f"history {rank}.safetensors")
+        for name, values in handle.state.tensors().items():
+            torch.testing.assert_close(history[name], values, atol=1e-6, rtol=0)
 
 
 def test_lora_trains_as_with_the_stock_loss(tiny_llama, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,11 @@ from tokenwise.signals.products import multiply
 
 IGNORED = -100
 """The label of a position that has none."""
+
+STATISTICS = frozenset({"nll", "entropy", "top_entropy"})
+"""What can be read off the logits of a token; see `TokenStatistics`."""
+
+_TOP = 20
 
 _TILE_BYTES = 144 * 2**20
 _LOW_MEMORY_TILE_BYTES = 48 * 2**20
@@ -82,10 +87,27 @@ class TokenStatistics:
     Args:
         nll: negative log-likelihood of the label in nats, at least 0.
         entropy: entropy of the distribution over the vocabulary in nats, in [0, ln vocabulary]; None unless wanted.
+        top_entropy: entropy of the distribution over the 20 likeliest tokens alone in nats, in [0, ln 20]; None unless
+            wanted.
     """
 
     nll: Tensor
     entropy: Tensor | None = None
+    top_entropy: Tensor | None = None
+
+
+def top_entropy(probabilities: Tensor) -> Tensor:
+    """Entropy in nats of the 20 likeliest outcomes (all of them where there are fewer), scaled to sum to 1.
+
+    Args:
+        probabilities: [tokens, vocabulary], at least 0, or any positive multiple of them.
+
+    Returns:
+        [tokens], in [0, ln 20].
+    """
+    largest = probabilities.topk(min(_TOP, probabilities.shape[1]), dim=1, sorted=False).values
+    parts: Tensor = torch.special.entr(largest / largest.sum(1, keepdim=True))
+    return parts.sum(1)
 
 
 @torch.no_grad()
@@ -95,17 +117,17 @@ def token_statistics(
     labels: Tensor,
     *,
     rows: Tensor | None = None,
-    entropy: bool = False,
+    reads: Collection[str] = (),
     low_memory: bool = False,
 ) -> TokenStatistics:
-    """Negative log-likelihood and, where wanted, entropy of each row, without ever holding all logits.
+    """Negative log-likelihood and, where wanted, entropies of each row, without ever holding all logits.
 
     Args:
         hidden: [positions, hidden].
         head: the output head.
         labels: label of each row, [rows], int64, none ignored.
         rows: the positions to score, [rows], int64; all of them unless given.
-        entropy: whether to compute the entropy too (needs a second tile).
+        reads: the names of the statistics wanted beside the nll (``entropy`` needs a second tile); others are ignored.
         low_memory: use tiles of a third of the size.
     """
     count = labels.shape[0]
@@ -113,10 +135,11 @@ def token_statistics(
     wide = torch.promote_types(dtype, torch.float32)
     weight = head.weight.to(dtype)
     nll = torch.empty(count, dtype=wide, device=hidden.device)
-    entropies = torch.empty_like(nll) if entropy else None
+    entropies = torch.empty_like(nll) if "entropy" in reads else None
+    top_entropies = torch.empty_like(nll) if "top_entropy" in reads else None
     size = min(tile_rows(head.vocabulary, low_memory), count)
     tile = torch.empty(size, head.vocabulary, dtype=wide, device=hidden.device)
-    spare = torch.empty_like(tile) if entropy else None
+    spare = torch.empty_like(tile) if entropies is not None else None
     with torch.autocast(hidden.device.type, enabled=False):
         for part in row_tiles(count, size):
             chosen = hidden[part] if rows is None else hidden.index_select(0, rows[part])
@@ -133,6 +156,8 @@ def token_statistics(
             if entropies is not None:
                 mean_logit = torch.bmm(exponentials.unsqueeze(1), logits.unsqueeze(2)).view(-1) / total
                 entropies[part] = (normalizer - mean_logit).clamp_min_(0)
+            if top_entropies is not None:
+                top_entropies[part] = top_entropy(exponentials)
             # Where the product allocates, two tiles would live at once.
             del logits, exponentials
-    return TokenStatistics(nll, entropies)
+    return TokenStatistics(nll, entropies, top_entropies)

@@ -40,6 +40,9 @@ class TokenBatch:
         reference_nll: as `nll`, under the method's reference model.
         loss_weights: the data's own column of weights, fp32.
         sample_id: which sample of the data set each token belongs to, int64, the same in every epoch.
+        top_entropy: as `entropy`, of the 20 likeliest next tokens alone.
+        base_nll: as `nll`, under the model that training started from.
+        completion_mask: 1 for tokens of a completion, 0 for tokens of its prompt, int64.
     """
 
     labels: Tensor
@@ -51,6 +54,9 @@ class TokenBatch:
     reference_nll: Tensor | None = None
     loss_weights: Tensor | None = None
     sample_id: Tensor | None = None
+    top_entropy: Tensor | None = None
+    base_nll: Tensor | None = None
+    completion_mask: Tensor | None = None
 
     def groups(self, scope: Scope) -> Tensor | None:
         """The group of each token under `scope`: its sequence, or None where all tokens here are one group.

@@ -14,12 +14,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.head import last_hidden, output_head
 from tokenwise.models.reference import ReferenceModel
-from tokenwise.signals.head import IGNORED, token_statistics
+from tokenwise.signals.head import IGNORED, STATISTICS, token_statistics
 from tokenwise.weighting.base import PointwiseWeighter, State, TokenBatch, TokenWeighter
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
-COLUMNS = ("loss_weights", "reference_nll", "sample_id")
+COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask")
 """What a batch may carry beside the model's own inputs: [batch, tokens], index t speaks of label t."""
+
+_WHOLE_NUMBERS = ("sample_id", "completion_mask")
 
 
 @dataclass
@@ -150,7 +152,7 @@ class WeightedForward:
             rows,
             batch,
             weights,
-            entropy="entropy" in method.reads,
+            reads=method.reads,
             low_memory=self.low_memory,
         )
         count = rows.shape[0]
@@ -195,7 +197,7 @@ class WeightedForward:
         for name in self.method.reads & set(COLUMNS) if filled else ():
             if name in columns:
                 values = columns[name].reshape(-1)[rows]
-                setattr(batch, name, values.long() if name == "sample_id" else values.float())
+                setattr(batch, name, values.long() if name in _WHOLE_NUMBERS else values.float())
             elif name == "reference_nll" and self.reference is not None:
                 batch.reference_nll = self.reference.nll(rows, batch.labels, *args, **inputs)
             else:
@@ -210,17 +212,17 @@ class WeightedForward:
 
     def _score(self, hidden: Tensor, batch: TokenBatch, rows: Tensor) -> None:
         """One pass over the head, none over the backbone, for the statistics that the weights are made from."""
-        if not {"nll", "entropy"} & self.method.reads:
+        if not STATISTICS & self.method.reads:
             return
         found = token_statistics(
             hidden.detach().reshape(-1, hidden.shape[-1]),
             output_head(self.model),
             batch.labels,
             rows=rows,
-            entropy="entropy" in self.method.reads,
+            reads=self.method.reads,
             low_memory=self.low_memory,
         )
-        batch.nll, batch.entropy = found.nll, found.entropy
+        batch.nll, batch.entropy, batch.top_entropy = found.nll, found.entropy, found.top_entropy
 
 
 def _scaled(pointwise: Pointwise, per_sequence: Tensor) -> Pointwise:

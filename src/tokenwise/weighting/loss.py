@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenwise.errors import InputError, Problem
-from tokenwise.signals.head import IGNORED, OutputHead, row_tiles, tile_rows
+from tokenwise.signals.head import IGNORED, STATISTICS, OutputHead, row_tiles, tile_rows, top_entropy
 from tokenwise.signals.products import SumOfProducts, multiply
 from tokenwise.weighting.base import PointwiseWeighter, TokenBatch
 
@@ -73,8 +73,8 @@ def weighted_linear_cross_entropy(
     if isinstance(weights, Tensor):
         given = weights.reshape(-1)[rows]
     elif weights is not None:
-        if weights.reads - {"nll", "entropy"}:
-            unread = ", ".join(sorted(weights.reads - {"nll", "entropy"}))
+        if weights.reads - STATISTICS:
+            unread = ", ".join(sorted(weights.reads - STATISTICS))
             raise InputError(
                 Problem(
                     "weights",
@@ -83,8 +83,8 @@ def weighted_linear_cross_entropy(
                 )
             )
         given = weights.pointwise
-    reads_entropy = isinstance(weights, PointwiseWeighter) and "entropy" in weights.reads
-    total = weighted_sum(flat, head, rows, batch, given, entropy=reads_entropy, low_memory=low_memory).total
+    reads = weights.reads if isinstance(weights, PointwiseWeighter) else ()
+    total = weighted_sum(flat, head, rows, batch, given, reads=reads, low_memory=low_memory).total
     return total / (max(rows.shape[0], 1) if denominator is None else denominator)
 
 
@@ -111,7 +111,7 @@ def weighted_sum(
     batch: TokenBatch,
     weights: Tensor | Pointwise | None,
     *,
-    entropy: bool = False,
+    reads: Collection[str] = (),
     low_memory: bool = False,
 ) -> WeightedSum:
     """Sum of weighted token losses through the head, with its gradients made on the way.
@@ -122,7 +122,7 @@ def weighted_sum(
         rows: position of each labelled token, [tokens], int64.
         batch: these tokens; its tensors are sliced along with the tiles for a pointwise function.
         weights: [tokens], or a function from a TokenBatch with `nll` to (loss, d loss / d nll), or None for 1.
-        entropy: whether the pointwise function reads the entropy.
+        reads: which `STATISTICS` the pointwise function reads; other names are ignored.
         low_memory: use tiles of a third of the size, and no second copy of the weight's gradient.
     """
     kept = None
@@ -142,7 +142,7 @@ def weighted_sum(
         used_rows,
         used,
         used_weights,
-        entropy,
+        reads if callable(used_weights) else (),
         low_memory,
         torch.is_grad_enabled(),
     )
@@ -166,7 +166,7 @@ class _WeightedSum(torch.autograd.Function):
         rows: Tensor,
         batch: TokenBatch,
         weights: Tensor | Pointwise | None,
-        entropy: bool,
+        reads: Collection[str],
         low_memory: bool,
         wants_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +187,7 @@ class _WeightedSum(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=device)
         size = min(tile_rows(vocabulary, low_memory), count)
         tile = torch.empty(size, vocabulary, dtype=wide, device=device)
-        spare = torch.empty_like(tile) if entropy or head.softcap is not None else None
+        spare = torch.empty_like(tile) if "entropy" in reads or head.softcap is not None else None
         weight_gradient = None
         if needs_weight:
             weight_gradient = SumOfProducts(*weight.shape, rows=size, dtype=wide, device=device, low_memory=low_memory)
@@ -210,7 +210,9 @@ class _WeightedSum(torch.autograd.Function):
                 if callable(weights):
                     seen = _slice(batch, part)
                     seen.nll = losses
-                    if entropy:
+                    if "top_entropy" in reads:
+                        seen.top_entropy = top_entropy(probabilities)
+                    if "entropy" in reads:
                         mean_logit = torch.bmm(probabilities.unsqueeze(1), logits.unsqueeze(2)).view(-1)
                         normalizer = logits.gather(1, labels).squeeze(1) + losses
                         seen.entropy = (normalizer - mean_logit).clamp_min_(0)
@@ -280,11 +282,5 @@ def _losses_of(head: OutputHead, hidden: Tensor, weight: Tensor, labels: Tensor,
 
 
 def _slice(batch: TokenBatch, part: slice) -> TokenBatch:
-    return replace(
-        batch,
-        labels=batch.labels[part],
-        sequence=batch.sequence[part],
-        reference_nll=None if batch.reference_nll is None else batch.reference_nll[part],
-        loss_weights=None if batch.loss_weights is None else batch.loss_weights[part],
-        sample_id=None if batch.sample_id is None else batch.sample_id[part],
-    )
+    parts: dict[str, Any] = {name: value[part] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **parts)

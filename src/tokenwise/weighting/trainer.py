@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
 from tokenwise.weighting.base import TokenBatch, TokenWeighter
+from tokenwise.weighting.forward import COLUMNS
 from tokenwise.weighting.weighing import Weighing
 
 _STATE = "tokenwise_state"
@@ -139,7 +140,7 @@ def _decide_whole_step(trainer: Trainer, handle: Weighing, samples: list[dict[st
         sample["token_weights"] = part
 
 
-_TENSORS = ("nll", "entropy", "reference_nll", "loss_weights", "sample_id")
+_TENSORS = ("nll", "entropy", "top_entropy", *COLUMNS)
 
 
 def _join(batches: list[TokenBatch]) -> TokenBatch:
