@@ -162,7 +162,8 @@ def _layers(model: Any) -> dict[str, Any]:
     }
     problems = [] if layers else [Problem("model", "has no LoRA layer.", "Use a LoraConfig.")]
     for name, layer in layers.items():
-        if not isinstance(layer, Linear) or layer.get_base_layer().weight.dim() != 2:
+        linear = isinstance(layer, Linear)
+        if not linear or layer.get_base_layer().weight.dim() != 2:
             problems.append(
                 Problem(name, f"is a {type(layer).__name__}, not linear.", "Take it out of target_modules.")
             )

@@ -143,8 +143,8 @@ class Wagle(ParameterMasks):
         paper=_WAGLE,
         needs=("a forget set and a retain set",),
         status="VERIFIED",
-        checked="masks of the official code, run on a small model; the count is rounded half up (there down), and masked "
-        "weights stay as they are (there weight decay and momentum still move them)",
+        checked="masks of the official code, run on a small model; the count is rounded half up (there down), and "
+        "masked weights stay as they are (there weight decay and momentum still move them)",
         control="weighting/random_parameters",
     )  # fmt: skip
     reads: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
