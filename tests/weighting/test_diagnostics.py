@@ -143,7 +143,15 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        waits = ("_local_scalar_dense", "nonzero.", "unique", "_unique", "masked_select", "repeat_interleave", "bincount")
+        waits = (
+            "_local_scalar_dense",
+            "nonzero.",
+            "unique",
+            "_unique",
+            "masked_select",
+            "repeat_interleave",
+            "bincount",
+        )
         by_mask = name.startswith("aten.index.") and any(i is not None and i.dtype == torch.bool for i in args[1])
         self.count += by_mask or name.startswith(tuple(f"aten.{word}" for word in waits))
         return function(*args, **(kwargs or {}))

@@ -185,7 +185,7 @@ class _DropGradients(TrainerCallback):
         kwargs["model"].zero_grad(set_to_none=True)
 
 
-def _flops_of_one_step(trainer: Trainer, method: TokenWeighter, normalize: Normalize) -> int:
+def _flops_of_one_step(trainer: Trainer, method: TokenWeighter, normalize: Normalize = "none") -> int:
     """Operations of the first optimizer step as the Trainer takes it, the method's own passes included.
 
     The model stays as it was. Time is not measured here: counting slows down what it counts.
