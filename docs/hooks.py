@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenwise import catalog
-from tokenwise.cli.methods import facts, plan_line, python_line
+from tokenwise.cli.methods import comparable, facts, plan_line, python_line
 
 Entry = dict[str, Any]
 
@@ -58,7 +58,9 @@ def card(entry: Entry) -> str:
         for name, field in entry["fields"].items():
             default = "required" if field.get("required") else f"`{field['default']}`"
             lines.append(_row(f"`{name}`", default, field["range"] or "-", field["description"]))
-    return "\n".join([*lines, "", "```yaml", plan_line(entry), "```", "", "```python", python_line(entry), "```"])
+    if comparable(entry):
+        lines += ["", "```yaml", plan_line(entry), "```"]
+    return "\n".join([*lines, "", "```python", python_line(entry), "```"])
 
 
 def _row(*cells: str) -> str:

@@ -21,6 +21,7 @@ TRAINING = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
     "precision": "fp32",
+    "normalize": "none",
     "evaluations": 2,
 }
 

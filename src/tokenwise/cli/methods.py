@@ -87,8 +87,9 @@ def _show(options: argparse.Namespace) -> int:
     if entry["fields"]:
         _print_fields(console, entry)
         console.print()
-    console.print("In a plan", style="bold")
-    console.print(f"  methods: [uniform, {plan_line(entry)}]", markup=False, soft_wrap=True)
+    if comparable(entry):
+        console.print("In a plan", style="bold")
+        console.print(f"  methods: [uniform, {plan_line(entry)}]", markup=False, soft_wrap=True)
     console.print("In Python", style="bold")
     console.print(f"  {python_line(entry)}", markup=False, soft_wrap=True)
     return 0
@@ -128,6 +129,11 @@ def _print_fields(console: Console, entry: Entry) -> None:
     console.print(table)
 
 
+def comparable(entry: Entry) -> bool:
+    """Whether a plan may list the method; masks of parameters need data that no task of a comparison has."""
+    return bool(entry["traits"].get("kind") != "masks")
+
+
 def plan_line(entry: Entry) -> str:
     """The method as a plan writes it, every field at its default: ``{excess_loss: {keep: 0.6, reference: clean}}``."""
     values = _values(entry, reference="clean")
@@ -141,7 +147,11 @@ def python_line(entry: Entry) -> str:
     """The call that puts the method into effect, every field at its default."""
     values = _values(entry, reference="./reference-model")
     fields = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    return f"tw.weigh(trainer, tw.{entry['family']}.{entry['class']}({fields}))"
+    made = f"tw.{entry['family']}.{entry['class']}({fields})"
+    if entry["traits"].get("kind") == "masks":
+        batches = "".join(f", {name}={name}_batches" for name in entry["traits"]["reads"])
+        return f"tw.weighting.mask_parameters(trainer, {made}.masks(model{batches}))"
+    return f"tw.weigh(trainer, {made})"
 
 
 def _values(entry: Entry, reference: str) -> dict[str, Any]:

@@ -122,6 +122,11 @@ def _check_fits(method: Method, where: str) -> None:
     reads: frozenset[str] = getattr(method, "reads", frozenset())
     if family != "weighting":
         raise InputError(Problem(where, f"{method.card.id!r} is no weighting method; this task compares these."))
+    if getattr(type(method), "kind", None) == "masks":
+        message = (
+            f"{method.card.id!r} chooses parameters, not tokens, and needs data to forget, which no task here has."
+        )
+        raise InputError(Problem(where, message))
     if "loss_weights" in reads:
         message = f"{method.card.id!r} needs a column loss_weights, which plain text does not have."
         raise InputError(Problem(where, message))

@@ -35,7 +35,7 @@ from tokenwise.comparison.records import Job, Point, Result
 from tokenwise.comparison.spending import Spending, learning_rate_factor
 from tokenwise.models.load import load_tokenizer, make_or_load_model
 from tokenwise.weighting.apply import token_weights, weigh
-from tokenwise.weighting.base import TokenWeighter
+from tokenwise.weighting.base import Normalize, TokenWeighter
 
 EXAMPLE_TOKENS = 100
 _PROGRESS_SECONDS = 0.5
@@ -73,10 +73,10 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
     def new_trainer(max_steps: int) -> Trainer:
         return _trainer(model, _EndlessBlocks(blocks, job.seed), training, job.seed, folder, max_steps)
 
-    flops_per_step = _flops_of_one_step(new_trainer(1), method)
+    flops_per_step = _flops_of_one_step(new_trainer(1), method, training["normalize"])
     trainer = new_trainer(_ENDLESS)
     held_out = HeldOut(windows, training["precision"])
-    with weigh(trainer, method) as handle:
+    with weigh(trainer, method, normalize=training["normalize"]) as handle:
         spending = Spending(job.budget, flops_per_step, handle.stats, model.device)
         optimizer = trainer.create_optimizer()
         trainer.lr_scheduler = LambdaLR(
@@ -185,14 +185,14 @@ class _DropGradients(TrainerCallback):
         kwargs["model"].zero_grad(set_to_none=True)
 
 
-def _flops_of_one_step(trainer: Trainer, method: TokenWeighter) -> int:
+def _flops_of_one_step(trainer: Trainer, method: TokenWeighter, normalize: Normalize = "none") -> int:
     """Operations of the first optimizer step as the Trainer takes it, the method's own passes included.
 
     The model stays as it was. Time is not measured here: counting slows down what it counts.
     """
     trainer.add_callback(_DropGradients)
     meter = FlopMeter()
-    with weigh(trainer, method), meter:
+    with weigh(trainer, method, normalize=normalize), meter:
         _train(trainer)
     return meter.flops
 

@@ -212,6 +212,8 @@ class Training(_Section):
     """Gradients are clipped to this norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward and backward pass; weights stay in fp32."""
+    normalize: Literal["none", "mean"] = "none"
+    """Whether every method divides by its own denominator, or by the sum of its weights: steps of equal size."""
     evaluations: Annotated[Whole, Field(ge=1)] = 8
     """How often the held-out loss is taken, evenly over the budget, the end included."""
 

@@ -13,10 +13,15 @@ _PUBLIC = {
     "TokenWeighter": "base",
     "TokenWeights": "apply",
     "Weighing": "weighing",
+    "fila_initialize": "fila",
+    "load_masks": "parameter_masks",
+    "mask_parameters": "parameter_masks",
+    "save_masks": "parameter_masks",
     "token_weights": "apply",
     "weigh": "apply",
     "weighted_linear_cross_entropy": "loss",
     "weighted_loss": "apply",
+    "weighting_gradients": "parameter_masks",
 }
 
 

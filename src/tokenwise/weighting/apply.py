@@ -6,18 +6,18 @@ import functools
 import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from tokenwise.errors import InputError, Problem
+from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models.head import base_of, check_head, last_hidden
 from tokenwise.models.patch import replace_attribute
 from tokenwise.models.reference import ReferenceModel
 from tokenwise.signals.head import IGNORED
-from tokenwise.weighting.base import Run, State, TokenWeighter
+from tokenwise.weighting.base import Normalize, Run, State, TokenWeighter
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
 from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, low_memory: bool = False) -> Weighing:
+def weigh(
+    target: Trainer | nn.Module,
+    method: TokenWeighter,
+    *,
+    seed: int = 0,
+    low_memory: bool = False,
+    normalize: Normalize = "none",
+) -> Weighing:
     """Train with weighted tokens: from now on the model's loss while training is the method's.
 
     Patches `forward` on the model's instance (in evaluation mode it does what it always did), so that data
@@ -39,6 +46,10 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
         method: the method.
         seed: seed of the method's own draws; on a Trainer its `args.seed` is used.
         low_memory: use a third of the tile in which logits exist.
+        normalize: ``none`` divides by the method's own denominator. ``mean`` divides by the sum of the weights of the
+            optimizer step instead (of their absolute values, and where the method's reduction is ``sequence_mean``,
+            each over its sequence's length first), so that the effective learning rate is that of uniform weights:
+            what a method does is then not mixed up with what smaller steps do.
 
     Returns:
         A handle: `undo()` or leaving its ``with`` block puts everything back.
@@ -48,20 +59,26 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
     """
     if not isinstance(method, TokenWeighter):
         raise InputError(Problem("method", f"{method!r} is no weighting method.", "See `tokenwise methods`."))
+    if normalize not in get_args(Normalize):
+        raise InputError(
+            Problem("normalize", f"{normalize!r} is not known.", nearest(str(normalize), get_args(Normalize)))
+        )
     if isinstance(target, Trainer):
-        check_trainer(target, method)
+        check_trainer(target, method, normalize)
         assert target.model is not None
-        handle = _weigh_model(target.model, method, target.args.seed, target.args.process_index, low_memory)
+        handle = _weigh_model(target.model, method, target.args.seed, target.args.process_index, low_memory, normalize)
         connect(target, handle)
         return handle
-    return _weigh_model(target, method, seed, 0, low_memory)
+    return _weigh_model(target, method, seed, 0, low_memory, normalize)
 
 
-def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool) -> Weighing:
+def _weigh_model(
+    target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool, normalize: Normalize
+) -> Weighing:
     model = base_of(target)
     check_model(model)
     state = method.start(Run(seed=seed, rank=rank, device=model.device))
-    forward = WeightedForward(model, method, state, load_reference(model, method), low_memory)
+    forward = WeightedForward(model, method, state, load_reference(model, method), low_memory, normalize)
     handle = Weighing(forward)
     forward.observe = handle.observe
     original = model.forward

@@ -22,6 +22,10 @@ Reduction = Literal["token_mean", "weight_mean", "nonzero_mean", "sequence_mean"
 number of labels with a weight other than zero, or (each sequence's sum first divided by its length) the number of
 sequences."""
 
+Normalize = Literal["none", "mean"]
+"""Whether a method divides by its own denominator, or every method by the sum of its weights, so that all take steps
+as large as uniform weights do."""
+
 
 @dataclass
 class TokenBatch:

@@ -15,7 +15,7 @@ from tokenwise.errors import InputError, Problem
 from tokenwise.models.head import last_hidden, output_head
 from tokenwise.models.reference import ReferenceModel
 from tokenwise.signals.head import IGNORED, STATISTICS, token_statistics
-from tokenwise.weighting.base import PointwiseWeighter, State, TokenBatch, TokenWeighter
+from tokenwise.weighting.base import Normalize, PointwiseWeighter, State, TokenBatch, TokenWeighter
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
 COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask")
@@ -35,6 +35,8 @@ class Weighed:
         weights: the factor of each label's gradient, [labels].
         nll: negative log-likelihood of each label in nats, [labels]; NaN where it was never computed.
         rows: position of each label's prediction in the flattened batch, [labels].
+        gradient_weight: sum of the sizes of what the losses are multiplied by before the division; of uniform weights
+            under the same reduction it would be `denominator`.
     """
 
     total: Tensor
@@ -43,6 +45,12 @@ class Weighed:
     weights: Tensor
     nll: Tensor
     rows: Tensor
+    gradient_weight: Tensor
+
+
+def owns_denominator(method: TokenWeighter, normalize: Normalize) -> bool:
+    """Whether the loss is divided by something other than the number of labels, known once the step is over."""
+    return normalize == "mean" or method.reduction != "token_mean"
 
 
 def shifted(values: Tensor, fill: float) -> Tensor:
@@ -61,6 +69,7 @@ class WeightedForward:
             to correct.
         scored: filled instead of training while it is a list: the tokens of each micro-batch of a step.
         observe: called with every `Weighed` that trains.
+        normalize: ``mean`` divides by the sum of the weights, whatever the method's reduction divides by.
     """
 
     def __init__(
@@ -70,12 +79,15 @@ class WeightedForward:
         state: State | None,
         reference: ReferenceModel | None = None,
         low_memory: bool = False,
+        normalize: Normalize = "none",
     ):
         self.model = model
         self.method = method
         self.state = state
         self.reference = reference
         self.low_memory = low_memory
+        self.normalize = normalize
+        self.owns_denominator = owns_denominator(method, normalize)
         self.step = 0
         self.whole_step = False
         self.pending: Tensor | None = None
@@ -112,9 +124,9 @@ class WeightedForward:
         if self.observe is not None:
             self.observe(result)
         divisor = result.denominator
-        if num_items_in_batch is not None and not (self.whole_step and self.method.reduction != "token_mean"):
+        if num_items_in_batch is not None and not (self.whole_step and self.owns_denominator):
             divisor = torch.as_tensor(num_items_in_batch).to(result.total)
-            if self.method.reduction != "token_mean":
+            if self.owns_denominator:
                 self.pending = result.denominator + (0 if self.pending is None else self.pending)
         return CausalLMOutputWithPast(loss=cast(Any, result.total / divisor.where(divisor != 0, 1.0)))
 
@@ -156,7 +168,10 @@ class WeightedForward:
             low_memory=self.low_memory,
         )
         count = rows.shape[0]
-        if method.reduction == "weight_mean":
+        gradient_weight = summed.weights.abs().sum()
+        if self.normalize == "mean":
+            denominator = gradient_weight
+        elif method.reduction == "weight_mean":
             denominator = summed.weights.sum()
         elif method.reduction == "nonzero_mean":
             denominator = summed.weights.count_nonzero()
@@ -164,7 +179,7 @@ class WeightedForward:
             denominator = torch.tensor(count if method.reduction == "token_mean" else batch.sequences)
         factors = summed.weights if per_sequence is None else summed.weights / per_sequence[batch.sequence]
         nll = summed.nll if batch.nll is None else batch.nll
-        return Weighed(summed.total, denominator.to(summed.total), count, factors, nll, rows)
+        return Weighed(summed.total, denominator.to(summed.total), count, factors, nll, rows, gradient_weight)
 
     def decide(self, batch: TokenBatch) -> Tensor:
         """The method's weights of these tokens, checked for their shape: [tokens]."""

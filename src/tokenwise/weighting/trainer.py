@@ -15,14 +15,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
-from tokenwise.weighting.base import TokenBatch, TokenWeighter
-from tokenwise.weighting.forward import COLUMNS
+from tokenwise.weighting.base import Normalize, TokenBatch, TokenWeighter
+from tokenwise.weighting.diagnostics import log_weights
+from tokenwise.weighting.forward import COLUMNS, owns_denominator
 from tokenwise.weighting.weighing import Weighing
 
 _STATE = "tokenwise_state"
 
 
-def check_trainer(trainer: Trainer, method: TokenWeighter) -> None:
+def check_trainer(trainer: Trainer, method: TokenWeighter, normalize: Normalize = "none") -> None:
     """Refuse settings under which the weighted loss would be wrong or ignored.
 
     Raises:
@@ -46,7 +47,7 @@ def check_trainer(trainer: Trainer, method: TokenWeighter) -> None:
         found.append(
             Problem("args.n_gpu", f"{args.n_gpu} GPUs in one process use nn.DataParallel.", "Start with torchrun.")
         )
-    if method.reduction != "token_mean" or getattr(method, "scope", None) == "step":
+    if owns_denominator(method, normalize) or getattr(method, "scope", None) == "step":
         reason = f"{type(method).__name__} divides by a number only known at the end of the optimizer step"
         if trainer.is_deepspeed_enabled:
             found.append(Problem("args.deepspeed", f"{reason}, and DeepSpeed owns the gradients.", "Use FSDP or DDP."))
@@ -110,6 +111,7 @@ def connect(trainer: Trainer, handle: Weighing) -> None:
         handle.on_undo(replace_attribute(trainer, name, value))
     # Data columns that the patched forward reads must survive; the Trainer looks anew at the next data loader.
     handle.on_undo(replace_attribute(trainer, "_signature_columns", None))
+    log_weights(trainer, handle)
     callback = _Checkpoints(trainer, handle)
     trainer.add_callback(callback)
     handle.on_undo(lambda: trainer.remove_callback(callback))
@@ -191,11 +193,17 @@ class _Checkpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(self.trainer._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.process_index == 0:
-            text = json.dumps(self.handle.method.spec(), indent=1)
+            text = json.dumps(_spec(self.handle), indent=1)
             (folder / "tokenwise_method.json").write_text(text + "\n", encoding="utf-8")
         if self.handle.state is not None:
             tensors = {name: tensor.contiguous() for name, tensor in self.handle.state.tensors().items()}
             safetensors.torch.save_file(tensors, folder / f"{_STATE}_{args.process_index}.safetensors")
+
+
+def _spec(handle: Weighing) -> dict[str, Any]:
+    """The method as checkpoints name it, and how it is normalised where it is."""
+    normalize = handle.forward.normalize
+    return handle.method.spec() | ({} if normalize == "none" else {"normalize": normalize})
 
 
 def _load_state(checkpoint: Path, trainer: Trainer, handle: Weighing) -> None:
@@ -208,7 +216,7 @@ def _load_state(checkpoint: Path, trainer: Trainer, handle: Weighing) -> None:
                 "Resume without weighing, or start anew.",
             )
         )
-    saved, ours = json.loads(file.read_text(encoding="utf-8")), handle.method.spec()
+    saved, ours = json.loads(file.read_text(encoding="utf-8")), _spec(handle)
     if saved != ours:
         raise InputError(
             Problem(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenwise.method import Handle
+from tokenwise.weighting.diagnostics import WeightSums, measure
 from tokenwise.weighting.forward import Weighed, WeightedForward
 
 
@@ -17,7 +18,13 @@ class Weighing(Handle):
         state: what the run of the method accumulated, or None.
         stats: sums and means over the micro-batches so far: ``labels``, ``labels_trained`` (weight other than zero),
             ``mean_weight``, ``kept_share``, ``effective_sample_size`` (as a share of the labels), ``nll`` (mean
-            unweighted loss over the tokens whose loss was computed) and ``nll_labels`` (how many these are).
+            unweighted loss over the tokens whose loss was computed), ``nll_labels`` (how many these are),
+            ``effective_learning_rate`` (the sum of the absolute weights over the denominator; under ``sequence_mean``
+            each weight over its sequence's length: how large the steps are relative to uniform weights, 1 with
+            ``normalize="mean"``), and
+            ``gradient_share_decile_1`` to ``_10``: of the gradient at the logits, the share held by the tenth of
+            the tokens with the smallest weights in their micro-batch, to that with the largest; see
+            `tokenwise.weighting.diagnostics.gradient_by_decile`. All speak of this process alone.
     """
 
     def __init__(self, forward: WeightedForward):
@@ -25,35 +32,20 @@ class Weighing(Handle):
         self.forward = forward
         self.method = forward.method
         self.state = forward.state
-        self._sums = dict.fromkeys(("labels", "labels_trained", "weight", "weight_squared", "nll", "nll_labels"), 0.0)
+        self._sums, self._interval = WeightSums(), WeightSums()
 
     @torch.no_grad()
     def observe(self, weighed: Weighed) -> None:
         """Add one micro-batch to `stats`."""
-        known = ~weighed.nll.isnan() if weighed.nll.shape == weighed.weights.shape else weighed.weights != 0
-        found = torch.stack(
-            [
-                weighed.weights.count_nonzero().double(),
-                weighed.weights.double().sum(),
-                weighed.weights.double().square().sum(),
-                weighed.nll[known].double().sum(),
-                known.sum().double(),
-            ]
-        ).tolist()
-        sums = self._sums
-        sums["labels"] += weighed.labels
-        for name, value in zip(("labels_trained", "weight", "weight_squared", "nll", "nll_labels"), found, strict=True):
-            sums[name] += value
-        count = max(sums["labels"], 1)
-        self.stats.update(
-            labels=sums["labels"],
-            labels_trained=sums["labels_trained"],
-            mean_weight=sums["weight"] / count,
-            kept_share=sums["labels_trained"] / count,
-            effective_sample_size=sums["weight"] ** 2 / max(sums["weight_squared"], 1e-30) / count,
-            nll=sums["nll"] / max(sums["nll_labels"], 1),
-            nll_labels=sums["nll_labels"],
-        )
+        measured = measure(weighed).tolist()
+        for sums in (self._sums, self._interval):
+            sums.add(weighed.labels, measured)
+        self.stats.update(self._sums.summary())
+
+    def take_interval(self) -> dict[str, float]:
+        """What `stats` would say of the micro-batches since the last call alone; empty where there was none."""
+        interval, self._interval = self._interval, WeightSums()
+        return interval.summary()
 
     def correct_gradients(self, num_items_in_batch: Tensor | int) -> float:
         """Turn gradients divided by the number of labels into gradients divided by the method's own denominator.
