@@ -66,8 +66,8 @@ class StoredReference:
         same = torch.from_numpy(ids).reshape(-1)[at] == labels.cpu()
         if not bool((known & same).all()):
             count = int((~(known & same)).sum())
-            message = f"{count} of {labels.shape[0]} labels are not the token after their position in the same row,"
-            message += " and only those have stored scores."
-            fix = "Mask the first label of every packed row with -100, and use labels that equal input_ids."
+            message = f"{count} of {labels.shape[0]} labels have no stored score, because the same row has no token"
+            message += " before them (only padding or another packed row), or another token in their place."
+            fix = "Mask the first label of every row with -100 or pad on the right; let labels equal input_ids."
             raise InputError(Problem("labels", message, fix))
         return found["nll"].reshape(-1)[at].to(labels.device)
