@@ -57,7 +57,7 @@ def test_every_kind_of_file_gives_the_same_rows(model_directory, tokenizer, tmp_
         assert found == expected
         said = capsys.readouterr().out
         assert f"16 rows, {store.manifest.tokens:,} tokens: logp, rank, nll" in said
-        assert ("1 records are empty." in said) == (name == "rows.jsonl")
+        assert ("1 more without a token, left out" in said) == (name == "rows.jsonl")
         assert f"Scores: {out}" in said
     model = LlamaForCausalLM.from_pretrained(model_directory)
     ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
@@ -71,7 +71,7 @@ def test_text_files_are_a_row_each_and_long_ones_are_cut(model_directory, tokeni
     files = [str(tmp_path / name) for name in ("long.txt", "short.txt")]
     out = tmp_path / "scores"
     assert main(["score", str(model_directory), *files, "--out", str(out), "--batch-tokens", "40"]) == 0
-    assert "1 rows were cut to 32 tokens." in capsys.readouterr().out
+    assert "1 of them cut to 32 tokens" in capsys.readouterr().out
     store = tw.scores.open(out)
     assert tokenizer(" ".join(TEXTS))["input_ids"][:32] in store
     assert tokenizer(TEXTS[1])["input_ids"] in store

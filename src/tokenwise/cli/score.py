@@ -74,11 +74,9 @@ def _run(options: argparse.Namespace) -> int:
     )
     made = store.manifest
     console.print(f"{made.rows:,} rows, {made.tokens:,} tokens: {', '.join(store.columns)}", highlight=False)
-    for count, what in (
-        (made.truncated, f"rows were cut to {made.max_length} tokens"),
-        (made.empty, "records are empty"),
-    ):
-        if count:
-            console.print(f"{count:,} {what}.", highlight=False)
+    if made.truncated:
+        console.print(f"{made.truncated:,} of them cut to {made.max_length} tokens", highlight=False)
+    if made.empty:
+        console.print(f"{made.empty:,} more without a token, left out", highlight=False)
     console.print(f"Scores: {options.out}", markup=False, highlight=False, soft_wrap=True)
     return 0
