@@ -251,6 +251,16 @@ def test_a_folder_with_other_files_is_refused(tiny_llama, tmp_path):
         tw.scores.open(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         tw.scores.open(tmp_path / "nowhere")
+    score(tiny_llama, tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text('{"kind": "tokenwise scores", "tokenwise": "9.9"}')
+    with pytest.raises(InputError, match=r"written by tokenwise 9\.9 in another format"):
+        tw.scores.open(tmp_path / "s")
+
+
+def test_a_run_killed_before_its_manifest_was_written_can_be_repeated(tiny_llama, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / ".manifest.json.x").write_text("{")
+    assert score(tiny_llama, tmp_path / "s").rows == len(ROWS)
 
 
 # Looking up

@@ -121,7 +121,7 @@ class Manifest:
             fix = "Make one: tokenwise score MODEL DATA --out DIR."
             raise InputError(Problem(where, f"{str(folder)!r} holds no token scores.", fix))
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if values["format"] != cls.format or set(values) != {entry.name for entry in fields(cls)}:
+        if values.get("format") != cls.format or set(values) != {entry.name for entry in fields(cls)}:
             message = f"{str(folder)!r} was written by tokenwise {values.get('tokenwise')} in another format."
             raise InputError(Problem(where, message, "Score the data again."))
         return cls(**values)

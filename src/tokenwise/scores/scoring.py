@@ -192,7 +192,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder. The system drops the lock of a process that dies."""
     if folder.exists() and not folder.is_dir():
         raise InputError(Problem("out", f"{str(folder)!r} is a file.", "Name a folder."))
-    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()) and not is_store(folder):
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()) and not is_store(folder):
         raise InputError(Problem("out", f"{str(folder)!r} holds other files.", "Name a new or empty folder."))
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -224,8 +224,9 @@ def _finished(folder: Path, manifest: Manifest) -> bool:
     ]
     if problems:
         raise InputError(problems)
-    for half in folder.glob(".shard-*"):
-        half.unlink()
+    for pattern in (".shard-*", ".manifest*"):
+        for half in folder.glob(pattern):
+            half.unlink()
     return before.complete
 
 
