@@ -19,7 +19,7 @@ _PUBLIC = {
     "weighted_linear_cross_entropy": "tokenwise.weighting.loss",
     "weighted_loss": "tokenwise.weighting.apply",
 }
-_SUBPACKAGES = {"catalog", "comparison", "errors", "method", "models", "policies", "signals", "weighting"}
+_SUBPACKAGES = {"catalog", "comparison", "errors", "method", "models", "policies", "scores", "signals", "weighting"}
 
 
 def __getattr__(name: str) -> Any:

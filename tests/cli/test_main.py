@@ -32,6 +32,7 @@ def loaded_after(*arguments: str) -> set[str]:
         ["methods", "--json"],
         ["methods", "show", "uniform"],
         ["compare", "--help"],
+        ["score", "--help"],
         ["explain", "--help"],
     ],
 )

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
+from tokenwise import files
 from tokenwise.comparison import data
+from tokenwise.documents import find_files, read_documents
 from tokenwise.errors import InputError
 from tokenwise.models import load
 
@@ -47,7 +49,7 @@ def test_paths_lists_and_globs_are_found_from_the_folder(tmp_path):
         (tmp_path / name).write_text("x")
 
     def found(patterns):
-        return [path.relative_to(tmp_path).as_posix() for path in data.find_files(patterns, tmp_path)]
+        return [path.relative_to(tmp_path).as_posix() for path in find_files(patterns, tmp_path)]
 
     assert found("a.txt") == ["a.txt"]
     assert found(["b.txt", "a.txt"]) == ["b.txt", "a.txt"]
@@ -58,14 +60,14 @@ def test_paths_lists_and_globs_are_found_from_the_folder(tmp_path):
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
     (tmp_path / "part[1].txt").write_text("x")
-    assert data.find_files("part[1].txt", tmp_path) == [tmp_path / "part[1].txt"]
+    assert find_files("part[1].txt", tmp_path) == [tmp_path / "part[1].txt"]
 
 
 def test_every_file_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "train.txt").write_text("x")
     (tmp_path / "image.png").write_text("x")
     DatasetDict({"train": Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "splits")
-    said = message(data.find_files, ["trian.txt", "*.md", "image.png", ".", "splits", 3], tmp_path, "task.data.train")
+    said = message(find_files, ["trian.txt", "*.md", "image.png", ".", "splits", 3], tmp_path, "task.data.train")
     lines = said.splitlines()
     assert lines[0].startswith("task.data.train[0]:")
     assert "train.txt" in lines[0].split("Did you mean")[1]
@@ -75,7 +77,7 @@ def test_every_file_that_cannot_be_used_is_named(tmp_path):
     assert "holds the splits train." in lines[4]
     assert lines[4].endswith("splits/train'.")
     assert "3 is not a path" in lines[5]
-    assert "names no file" in message(data.find_files, [], tmp_path)
+    assert "names no file" in message(find_files, [], tmp_path)
 
 
 # Reading documents
@@ -90,22 +92,22 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "table.parquet")
     Dataset.from_list(records).save_to_disk(tmp_path / "saved")
     for name in ("lines.jsonl", "lines.json", "list.json", "table.parquet", "saved"):
-        assert data.read_documents(data.find_files(name, tmp_path)) == texts, name
+        assert read_documents(find_files(name, tmp_path)) == texts, name
     for index, text in enumerate(texts):
         (tmp_path / f"{index}.md").write_text(text, encoding="utf-8")
-    assert data.read_documents(data.find_files("*.md", tmp_path)) == texts
+    assert read_documents(find_files("*.md", tmp_path)) == texts
 
 
 def test_another_field_can_hold_the_text(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"question": "why"})
-    assert data.read_documents([path], "question") == ["why"]
+    assert read_documents([path], "question") == ["why"]
 
 
 def test_documents_without_text_are_left_out_and_counted(tmp_path):
     path = write_lines(
         tmp_path / "a.jsonl", {"text": "a"}, {"text": ""}, {"text": " \n"}, {"text": None}, {"text": "b"}
     )
-    documents = data.read_documents([path])
+    documents = read_documents([path])
     assert documents == ["a", "b"]
     assert documents.empty == 3
 
@@ -115,7 +117,7 @@ def test_documents_without_text_are_left_out_and_counted(tmp_path):
     [
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "line 3 is not JSON"),
         ("a.jsonl", '{"txt": "a", "id": 1}\n', "line 1 has no field 'text'; it has txt, id. Did you mean 'txt'?"),
-        ("a.jsonl", '{"body": "a"}\n', "it has body. Set text_field to the one that holds the text."),
+        ("a.jsonl", '{"body": "a"}\n', "it has body. Name the one that holds the text."),
         ("a.jsonl", '{"text": 3}\n', "field 'text' of '{path}' line 1 holds int, not text."),
         ("a.jsonl", '["a"]\n', "line 1 holds list, not an object"),
         ("a.json", '[{"text": "a"},\n {"text" "b"}]', "line 2 is not JSON"),
@@ -128,7 +130,7 @@ def test_documents_without_text_are_left_out_and_counted(tmp_path):
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, expected):
     path = tmp_path / name
     path.write_text(content)
-    said = message(data.read_documents, [path], field="task.data.eval")
+    said = message(read_documents, [path], field="task.data.eval")
     assert said.startswith("task.data.eval: ")
     assert expected.replace("{path}", str(path)) in said
 
@@ -136,15 +138,15 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, expected):
 def test_a_missing_column_is_said(tmp_path):
     parquet.write_table(pyarrow.table({"texts": ["a"]}), tmp_path / "a.parquet")
     Dataset.from_dict({"n": [1], "text_a": ["a"]}).save_to_disk(tmp_path / "saved")
-    assert "it has texts. Did you mean 'texts'?" in message(data.read_documents, [tmp_path / "a.parquet"])
-    assert "it has n, text_a." in message(data.read_documents, [tmp_path / "saved"])
-    assert "field 'n' of" in message(data.read_documents, [tmp_path / "saved"], "n")
+    assert "it has texts. Did you mean 'texts'?" in message(read_documents, [tmp_path / "a.parquet"])
+    assert "it has n, text_a." in message(read_documents, [tmp_path / "saved"])
+    assert "field 'n' of" in message(read_documents, [tmp_path / "saved"], "n")
 
 
 def test_all_broken_files_are_named_at_once(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     write_lines(tmp_path / "b.jsonl", {"body": "b"})
-    said = message(data.read_documents, [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt"])
+    said = message(read_documents, [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt"])
     assert "not UTF-8 text (byte 3)" in said
     assert "b.jsonl" in said
     assert "c.txt' cannot be read: No such file" in said
@@ -256,7 +258,7 @@ def test_windows_follow_each_other_with_one_token_in_common(tokenizer):
 
 def test_windows_are_saved_whole(tokenizer, tmp_path):
     windows = data.held_out_windows(TEXT[:3], tokenizer, 8)
-    data.write_array(tmp_path / "new" / "windows.npz", windows.save)
+    files.write_binary(tmp_path / "new" / "windows.npz", windows.save)
     again = data.Windows.load(tmp_path / "new" / "windows.npz")
     for name, array in vars(windows).items():
         assert np.array_equal(getattr(again, name), array)
@@ -270,5 +272,5 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        data.write_array(tmp_path / "blocks.npy", fail)
+        files.write_binary(tmp_path / "blocks.npy", fail)
     assert list(tmp_path.iterdir()) == []

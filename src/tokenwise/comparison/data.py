@@ -1,210 +1,28 @@
-"""From files to token ids: documents, blocks to train on, and windows in which every held-out token is scored once."""
+"""From documents to token ids: blocks to train on, and windows in which every held-out token is scored once."""
 
 from __future__ import annotations
 
-import glob
 import itertools
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenwise.errors import InputError, Problem, missing_file, nearest
+from tokenwise.errors import InputError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 IGNORED = -100
 
 _PIECE = 200_000
 """Characters: longer documents are tokenized in pieces, or one large file would cost a hundred times its size."""
 _BATCH = 4_000_000
 """Characters tokenized at once."""
-
-
-class Documents(list[str]):
-    """Documents in the order of their files; `empty` is how many were left out because they hold no text."""
-
-    empty: int = 0
-
-
-def find_files(patterns: str | Sequence[str], folder: Path, field: str = "data") -> list[Path]:
-    """The files that a path, a list of paths or a glob names, absolute, sorted within each glob.
-
-    Raises:
-        InputError: for a missing file, a glob that matches nothing, and a kind of file that cannot be read.
-    """
-    listed = isinstance(patterns, list | tuple)
-    entries = list(patterns) if listed else [patterns]
-    if not entries:
-        raise InputError(Problem(field, "names no file."))
-    found: list[Path] = []
-    problems: list[Problem] = []
-    for index, entry in enumerate(entries):
-        where = f"{field}[{index}]" if listed else field
-        if not isinstance(entry, str) or not entry:
-            problems.append(Problem(where, f"{entry!r} is not a path.", "Write a path, a list of paths or a glob."))
-            continue
-        path = folder / Path(entry).expanduser()
-        matches = [path]
-        if not path.exists():
-            if not glob.has_magic(entry):
-                problems.append(missing_file(where, path))
-                continue
-            matches = [
-                Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if not Path(match).is_dir()
-            ]
-            if not matches:
-                problems.append(Problem(where, f"no file matches {str(path)!r}."))
-        problems += [problem for match in matches if (problem := _kind_problem(match, where))]
-        found += [match.resolve() for match in matches]
-    if problems:
-        raise InputError(problems)
-    return found
-
-
-def _kind_problem(path: Path, field: str) -> Problem | None:
-    if path.is_dir():
-        if (path / "state.json").is_file():
-            return None
-        if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            fix = f"Write one of them, such as {str(path / splits[0])!r}."
-            return Problem(field, f"{str(path)!r} holds the splits {', '.join(splits)}.", fix)
-        fix = f"Write its files, such as {str(path / '*.txt')!r}."
-        return Problem(field, f"{str(path)!r} is a folder, but not one that datasets' save_to_disk made.", fix)
-    if path.suffix.lower() not in SUFFIXES:
-        message = f"{str(path)!r} is of a kind that cannot be read ({path.suffix or 'no suffix'})."
-        return Problem(field, message, f"Readable: {', '.join(SUFFIXES)}, and folders that save_to_disk made.")
-    return None
-
-
-def read_documents(paths: Iterable[Path | str], text_field: str = "text", field: str = "data") -> Documents:
-    """All documents of the files, those without text left out.
-
-    Args:
-        paths: text files (a file is a document), JSON lines, a JSON list of objects, Parquet, or folders that
-            `datasets.Dataset.save_to_disk` made.
-        text_field: name of the field or column that holds the text.
-        field: the field to name in an error.
-
-    Raises:
-        InputError: for every file that cannot be read, with the line of a broken record; or when no text is left.
-    """
-    files = [Path(path) for path in paths]
-    documents = Documents()
-    problems: list[Problem] = []
-    for path in files:
-        try:
-            for text in _read(path, text_field, field):
-                if text is not None and not isinstance(text, str):
-                    message = f"field {text_field!r} of {str(path)!r} holds {type(text).__name__}, not text."
-                    raise InputError(Problem(field, message))
-                if text and not text.isspace():
-                    documents.append(text)
-                else:
-                    documents.empty += 1
-        except UnicodeDecodeError as error:
-            message = f"{str(path)!r} is not UTF-8 text (byte {error.start})."
-            problems.append(Problem(field, message, "Convert it, or leave it out."))
-        except OSError as error:
-            problems.append(Problem(field, f"{str(path)!r} cannot be read: {error.strerror or error}."))
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    if not documents:
-        names = ", ".join(str(path) for path in files[:3]) + (" ..." if len(files) > 3 else "")
-        raise InputError(Problem(field, f"there is no text in {names} ({documents.empty} empty documents)."))
-    return documents
-
-
-def _read(path: Path, text_field: str, field: str) -> Iterable[Any]:
-    if path.is_dir():
-        return _read_dataset(path, text_field, field)
-    suffix = path.suffix.lower()
-    if suffix in TEXT_SUFFIXES:
-        return [path.read_text(encoding="utf-8-sig")]
-    if suffix == ".parquet":
-        return _read_parquet(path, text_field, field)
-    return _read_json(path, text_field, field)
-
-
-def _read_dataset(path: Path, text_field: str, field: str) -> Iterator[Any]:
-    from datasets import load_from_disk
-
-    dataset = load_from_disk(str(path))
-    _check_text_field(text_field, dataset.column_names, str(path), field)
-    for batch in dataset.select_columns([text_field]).iter(batch_size=1000):
-        yield from batch[text_field]
-
-
-def _read_parquet(path: Path, text_field: str, field: str) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(Problem(field, f"{str(path)!r} is not a Parquet file.")) from error
-    _check_text_field(text_field, file.schema_arrow.names, str(path), field)
-    for batch in file.iter_batches(columns=[text_field]):
-        yield from batch.column(0).to_pylist()
-
-
-def _read_json(path: Path, text_field: str, field: str) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for where, record in _records(stream, path, field):
-            if not isinstance(record, dict):
-                message = f"{where} holds {type(record).__name__}, not an object with a field {text_field!r}."
-                raise InputError(Problem(field, message))
-            _check_text_field(text_field, record, where, field)
-            text = record[text_field]
-            if text is not None and not isinstance(text, str):
-                message = f"field {text_field!r} of {where} holds {type(text).__name__}, not text."
-                raise InputError(Problem(field, message))
-            yield text
-
-
-def _records(stream: IO[str], path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    if path.suffix.lower() == ".json" and _first_character(stream) == "[":
-        try:
-            content = json.load(stream)
-        except json.JSONDecodeError as error:
-            message = f"{str(path)!r} line {error.lineno} is not JSON: {error.msg}."
-            raise InputError(Problem(field, message)) from error
-        yield from ((f"record {index} of {str(path)!r}", record) for index, record in enumerate(content, 1))
-        return
-    for number, line in enumerate(stream, 1):
-        if not line.isspace():
-            where = f"{str(path)!r} line {number}"
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                message = f"{where} is not JSON: {error.msg} (column {error.colno})."
-                fix = "A file of JSON lines holds one object on each line."
-                raise InputError(Problem(field, message, fix)) from error
-
-
-def _first_character(stream: IO[str]) -> str:
-    first = next((character for line in stream for character in line if not character.isspace()), "")
-    stream.seek(0)
-    return first
-
-
-def _check_text_field(text_field: str, fields: Iterable[str], where: str, field: str) -> None:
-    if text_field not in fields:
-        message = f"{where} has no field {text_field!r}; it has {', '.join(fields) or 'none'}."
-        fix = nearest(text_field, fields, "Set text_field to the one that holds the text.")
-        raise InputError(Problem(field, message, fix))
 
 
 def joint_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -382,15 +200,3 @@ def held_out_windows(
         np.array(document, dtype=np.int32),
         np.array(covered, dtype=np.int64),
     )
-
-
-def write_array(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a binary file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from tokenwise import catalog
-from tokenwise.comparison import data, fingerprint
+from tokenwise import catalog, fingerprint
+from tokenwise.comparison import data
 from tokenwise.comparison.entries import Entry, Listed, make_entries, read_methods, reference_of
 from tokenwise.comparison.records import Job
 from tokenwise.comparison.sections import (
@@ -32,7 +32,9 @@ from tokenwise.comparison.sections import (
     shorten,
 )
 from tokenwise.comparison.yaml_file import read_yaml
+from tokenwise.documents import read_documents
 from tokenwise.errors import InputError, Problem, nearest
+from tokenwise.files import write_binary
 from tokenwise.models import load
 
 if TYPE_CHECKING:
@@ -242,7 +244,7 @@ class Plan:
         if isinstance(wanted, Path) or directory.is_dir():
             return
         progress("training the tokenizer")
-        documents = data.read_documents(self.task.data.train, self.task.data.text_field, "task.data.train")
+        documents = read_documents(self.task.data.train, self.task.data.text_field, "task.data.train")
         tokenizer = load.train_tokenizer(documents, wanted.vocab_size)
         directory.parent.mkdir(exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix="."))
@@ -265,17 +267,17 @@ class Plan:
         if path.is_file() and len(np.load(path, mmap_mode="r")) >= at_least:
             return
         progress(f"reading {_names(files)}")
-        documents = data.read_documents(files, self.task.data.text_field, where)
+        documents = read_documents(files, self.task.data.text_field, where)
         blocks = data.token_blocks(documents, tokenizer, self.task.sequence_length, at_least, where)
-        data.write_array(path, lambda stream: np.save(stream, blocks, allow_pickle=False))
+        write_binary(path, lambda stream: np.save(stream, blocks, allow_pickle=False))
 
     def _write_windows(self, folder: Path, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str], None]) -> None:
         path = self._windows_file(folder)
         if not path.is_file():
             progress(f"reading {_names(self.task.data.eval)}")
-            documents = data.read_documents(self.task.data.eval, self.task.data.text_field, "task.data.eval")
+            documents = read_documents(self.task.data.eval, self.task.data.text_field, "task.data.eval")
             windows = data.held_out_windows(documents, tokenizer, self.task.sequence_length, "task.data.eval")
-            data.write_array(path, windows.save)
+            write_binary(path, windows.save)
 
 
 def read_plan(path: Path | str) -> Plan:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -14,10 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tokenwise.cluster import connect, require_ray, worker_resources
 from tokenwise.comparison.local_jobs import cause_of_death
-from tokenwise.comparison.records import Job, write_text
+from tokenwise.comparison.records import Job
 from tokenwise.comparison.run_folder import Executor, OnEvent, RunFolder
-from tokenwise.errors import InputError, Problem
+from tokenwise.files import write_text
 
 Files = dict[str, bytes]
 """A file or folder as it travels: content by relative path; a single file has the path ``""``."""
@@ -40,24 +39,14 @@ class RayCluster(Executor):
     concurrent = True
 
     def __init__(self, address: str) -> None:
-        if importlib.util.find_spec("ray") is None:
-            raise InputError(Problem("--ray", "Ray is not installed.", "Install it: pip install 'tokenwise[ray]'."))
+        require_ray()
         self._address = address
         self._connected_here = False
         self._sent: dict[tuple[Path, str | None], Any] = {}
         self._pending: dict[Any, RunFolder] = {}
 
     def __enter__(self) -> RayCluster:
-        import ray
-
-        if not ray.is_initialized():
-            try:
-                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                message = f"there is no Ray cluster at {self._address!r} ({error})."
-                fix = "Start one (ray start --head), or write local."
-                raise InputError(Problem("--ray", message, fix)) from error
-            self._connected_here = True
+        self._connected_here = connect(self._address)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -71,7 +60,7 @@ class RayCluster(Executor):
     def run(self, folders: list[RunFolder], on_event: OnEvent) -> Iterator[tuple[RunFolder, str | None]]:
         import ray
 
-        threads, gpus = _resources()
+        threads, gpus = worker_resources()
         remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_there)
         for folder in folders:
             job = folder.begin()
@@ -99,17 +88,6 @@ class RayCluster(Executor):
         if (path, only) not in self._sent:
             self._sent[path, only] = ray.put(pack(path, only))
         return self._sent[path, only]
-
-
-def _resources() -> tuple[int, int]:
-    """Threads and GPUs of a job."""
-    import ray
-    import torch
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    threads = min(torch.get_num_threads(), max(int(node.get("CPU", 1)) for node in nodes))
-    gpus = int(any(node.get("GPU", 0) >= 1 for node in nodes))
-    return threads, gpus
 
 
 def _inputs(job: Job) -> dict[str, tuple[Path] | tuple[Path, str]]:

@@ -12,8 +12,9 @@ from markupsafe import Markup
 from tokenwise.comparison import charts, figures
 from tokenwise.comparison.answer import Conclusion, Row
 from tokenwise.comparison.formatting import amount, duration, listing, memory, plain, ratio, signed
-from tokenwise.comparison.records import Result, write_text
+from tokenwise.comparison.records import Result
 from tokenwise.comparison.statistics import LEVEL, RESAMPLES, Interval
+from tokenwise.files import write_text
 
 _HERE = Path(__file__).parent
 SHOWN_TOKENS = 400

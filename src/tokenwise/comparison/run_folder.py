@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenwise.comparison.records import Job, Result, write_text
+from tokenwise.comparison.records import Job, Result
+from tokenwise.files import write_text
 
 
 @dataclass(frozen=True)

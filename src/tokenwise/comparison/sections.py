@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from tokenwise.comparison import data
+from tokenwise.documents import find_files
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models import load
 
@@ -42,7 +42,7 @@ def _no_boolean(value: Any) -> Any:
 
 
 def _files(value: Any, info: ValidationInfo) -> tuple[Path, ...]:
-    return tuple(data.find_files(value, _folder(info), ""))
+    return tuple(find_files(value, _folder(info), ""))
 
 
 def _unique(values: tuple[int, ...]) -> tuple[int, ...]:

@@ -224,6 +224,11 @@ def load_model(name: str | Path, field: str = "model") -> PreTrainedModel:
     return model
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer is saved in a directory."""
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(directory: str | Path, field: str = "tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer saved in a local directory. No code that comes with it is run.
 
@@ -235,7 +240,7 @@ def load_tokenizer(directory: str | Path, field: str = "tokenizer") -> PreTraine
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(missing_file(field, directory))
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise InputError(
             Problem(field, f"{str(directory)!r} has no tokenizer.", "Save it there with tokenizer.save_pretrained.")
         )
@@ -310,7 +315,7 @@ def check_same_vocabulary(
     if needed > size:
         message = f"{str(directory)!r} has another vocabulary: {size} tokens, where the compared model's has {needed}."
         raise InputError(Problem(field, message, fix))
-    if any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    if has_tokenizer(directory):
         theirs, ours = load_tokenizer(directory, field).get_vocab(), tokenizer.get_vocab()
         if theirs != ours:
             differing = len(theirs.items() ^ ours.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from tokenwise.errors import InputError, Problem
 from tokenwise.models.head import check_head, last_hidden, output_head
 from tokenwise.models.load import load_model
 from tokenwise.signals.head import token_statistics
+
+
+class Reference(Protocol):
+    """What knows the losses of the labels of a batch under a model that is not trained."""
+
+    def nll(self, rows: Tensor, labels: Tensor, *args: Any, **inputs: Any) -> Tensor:
+        """Negative log-likelihood of the labels at `rows` of the flattened batch, in nats: [tokens]."""
+        ...
 
 
 class ReferenceModel:

@@ -82,18 +82,24 @@ def row_tiles(rows: int, size: int) -> Iterator[slice]:
 
 @dataclass
 class TokenStatistics:
-    """Statistics of labelled tokens, each [tokens], fp32 (fp64 for fp64 models), detached.
+    """Statistics of labelled tokens, each [tokens] unless said, fp32 (fp64 for fp64 models) unless said, detached.
 
     Args:
         nll: negative log-likelihood of the label in nats, at least 0.
         entropy: entropy of the distribution over the vocabulary in nats, in [0, ln vocabulary]; None unless wanted.
         top_entropy: entropy of the distribution over the 20 likeliest tokens alone in nats, in [0, ln 20]; None unless
             wanted.
+        rank: how many tokens of the vocabulary are more likely than the label, int32; None unless wanted.
+        top_ids: the most likely tokens, most likely first, [tokens, top_k], int32; None unless wanted.
+        top_logp: their log-probabilities in nats, [tokens, top_k]; None unless wanted.
     """
 
     nll: Tensor
     entropy: Tensor | None = None
     top_entropy: Tensor | None = None
+    rank: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logp: Tensor | None = None
 
 
 def top_entropy(probabilities: Tensor) -> Tensor:
@@ -118,9 +124,10 @@ def token_statistics(
     *,
     rows: Tensor | None = None,
     reads: Collection[str] = (),
+    top_k: int = 0,
     low_memory: bool = False,
 ) -> TokenStatistics:
-    """Negative log-likelihood and, where wanted, entropies of each row, without ever holding all logits.
+    """Negative log-likelihood and, where wanted, other statistics of each row, without ever holding all logits.
 
     Args:
         hidden: [positions, hidden].
@@ -128,6 +135,7 @@ def token_statistics(
         labels: label of each row, [rows], int64, none ignored.
         rows: the positions to score, [rows], int64; all of them unless given.
         reads: the names of the statistics wanted beside the nll (``entropy`` needs a second tile); others are ignored.
+        top_k: how many of the most likely tokens to find too, at most the vocabulary.
         low_memory: use tiles of a third of the size.
     """
     count = labels.shape[0]
@@ -137,6 +145,9 @@ def token_statistics(
     nll = torch.empty(count, dtype=wide, device=hidden.device)
     entropies = torch.empty_like(nll) if "entropy" in reads else None
     top_entropies = torch.empty_like(nll) if "top_entropy" in reads else None
+    ranks = torch.empty(count, dtype=torch.int32, device=hidden.device) if "rank" in reads else None
+    top_ids = torch.empty(count, top_k, dtype=torch.int32, device=hidden.device) if top_k else None
+    top_logp = torch.empty(count, top_k, dtype=wide, device=hidden.device) if top_k else None
     size = min(tile_rows(head.vocabulary, low_memory), count)
     tile = torch.empty(size, head.vocabulary, dtype=wide, device=hidden.device)
     spare = torch.empty_like(tile) if entropies is not None else None
@@ -146,6 +157,10 @@ def token_statistics(
             logits = head.tile_of_logits(chosen.to(dtype), weight, tile[: chosen.shape[0]])
             of_label = logits.gather(1, labels[part].unsqueeze(1)).squeeze(1)
             largest = logits.amax(1)
+            if ranks is not None:
+                ranks[part] = (logits > of_label.unsqueeze(1)).sum(1, dtype=torch.int32)
+            if top_ids is not None and top_logp is not None:
+                top_logp[part], top_ids[part] = logits.topk(top_k, dim=1)
             if spare is None:
                 exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
             else:
@@ -153,6 +168,8 @@ def token_statistics(
             total = exponentials.sum(1)
             normalizer = largest + total.log()
             nll[part] = (normalizer - of_label).clamp_min_(0)
+            if top_logp is not None:
+                top_logp[part] -= normalizer.unsqueeze(1)
             if entropies is not None:
                 mean_logit = torch.bmm(exponentials.unsqueeze(1), logits.unsqueeze(2)).view(-1) / total
                 entropies[part] = (normalizer - mean_logit).clamp_min_(0)
@@ -160,4 +177,4 @@ def token_statistics(
                 top_entropies[part] = top_entropy(exponentials)
             # Where the product allocates, two tiles would live at once.
             del logits, exponentials
-    return TokenStatistics(nll, entropies, top_entropies)
+    return TokenStatistics(nll, entropies, top_entropies, ranks, top_ids, top_logp)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models.head import base_of, check_head, last_hidden
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.reference import ReferenceModel
+from tokenwise.models.reference import Reference, ReferenceModel
+from tokenwise.scores.layout import is_store
+from tokenwise.scores.reference import StoredReference
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Normalize, Run, State, TokenWeighter
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
@@ -66,19 +68,30 @@ def weigh(
     if isinstance(target, Trainer):
         check_trainer(target, method, normalize)
         assert target.model is not None
-        handle = _weigh_model(target.model, method, target.args.seed, target.args.process_index, low_memory, normalize)
+        tokenizer = getattr(target, "processing_class", None)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = None
+        args = target.args
+        handle = _weigh_model(target.model, method, args.seed, args.process_index, low_memory, normalize, tokenizer)
         connect(target, handle)
         return handle
     return _weigh_model(target, method, seed, 0, low_memory, normalize)
 
 
 def _weigh_model(
-    target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool, normalize: Normalize
+    target: nn.Module,
+    method: TokenWeighter,
+    seed: int,
+    rank: int,
+    low_memory: bool,
+    normalize: Normalize,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Weighing:
     model = base_of(target)
     check_model(model)
     state = method.start(Run(seed=seed, rank=rank, device=model.device))
-    forward = WeightedForward(model, method, state, load_reference(model, method), low_memory, normalize)
+    reference = load_reference(model, method, tokenizer)
+    forward = WeightedForward(model, method, state, reference, low_memory, normalize)
     handle = Weighing(forward)
     forward.observe = handle.observe
     original = model.forward
@@ -231,7 +244,17 @@ def token_weights(
     )
 
 
-def load_reference(model: PreTrainedModel, method: TokenWeighter) -> ReferenceModel | None:
-    """The reference model that the method names, loaded; None for methods without one."""
+def load_reference(
+    model: PreTrainedModel, method: TokenWeighter, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Reference | None:
+    """The reference that the method names, a model or a folder of token scores; None for methods without one.
+
+    Args:
+        model: the model in training.
+        method: the method.
+        tokenizer: what tokenises the training data, where it is known; scores made with another one are refused.
+    """
     path = getattr(method, "reference", None)
-    return None if path is None else ReferenceModel(path, model)
+    if path is None:
+        return None
+    return StoredReference(path, model, tokenizer) if is_store(path) else ReferenceModel(path, model)

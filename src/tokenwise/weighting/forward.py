@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.head import last_hidden, output_head
-from tokenwise.models.reference import ReferenceModel
+from tokenwise.models.reference import Reference
 from tokenwise.signals.head import IGNORED, STATISTICS, token_statistics
 from tokenwise.weighting.base import Normalize, PointwiseWeighter, State, TokenBatch, TokenWeighter
 from tokenwise.weighting.loss import Pointwise, weighted_sum
@@ -77,7 +77,7 @@ class WeightedForward:
         model: PreTrainedModel,
         method: TokenWeighter,
         state: State | None,
-        reference: ReferenceModel | None = None,
+        reference: Reference | None = None,
         low_memory: bool = False,
         normalize: Normalize = "none",
     ):

@@ -1,4 +1,4 @@
-from tokenwise.comparison import fingerprint
+from tokenwise import fingerprint
 
 
 def test_content_counts_and_the_place_does_not(tmp_path):

@@ -40,6 +40,12 @@ def of_tokenizer(directory: Path) -> str:
     return _files(directory, _MODEL_SUFFIXES - {".safetensors"})
 
 
+def of_vocabulary(tokenizer: Any) -> str:
+    """Of what token ids mean: the vocabulary and the special tokens, whatever files hold them."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return of_value([sorted(tokenizer.get_vocab().items()), special])
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
     others = ("torch", "transformers", "tokenizers")
