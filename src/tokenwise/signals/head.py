@@ -82,10 +82,13 @@ class TokenStatistics:
     Args:
         nll: negative log-likelihood of the label in nats, at least 0.
         entropy: entropy of the distribution over the vocabulary in nats, in [0, ln vocabulary]; None unless wanted.
+        is_top1: whether the label is the most likely token (of equally likely ones the first), bool; None unless
+            wanted.
     """
 
     nll: Tensor
     entropy: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 @torch.no_grad()
@@ -96,9 +99,10 @@ def token_statistics(
     *,
     rows: Tensor | None = None,
     entropy: bool = False,
+    is_top1: bool = False,
     low_memory: bool = False,
 ) -> TokenStatistics:
-    """Negative log-likelihood and, where wanted, entropy of each row, without ever holding all logits.
+    """Negative log-likelihood and, where wanted, more statistics of each row, without ever holding all logits.
 
     Args:
         hidden: [positions, hidden].
@@ -106,6 +110,7 @@ def token_statistics(
         labels: label of each row, [rows], int64, none ignored.
         rows: the positions to score, [rows], int64; all of them unless given.
         entropy: whether to compute the entropy too (needs a second tile).
+        is_top1: whether to compare the label with the most likely token too.
         low_memory: use tiles of a third of the size.
     """
     count = labels.shape[0]
@@ -114,6 +119,7 @@ def token_statistics(
     weight = head.weight.to(dtype)
     nll = torch.empty(count, dtype=wide, device=hidden.device)
     entropies = torch.empty_like(nll) if entropy else None
+    tops = torch.empty(count, dtype=torch.bool, device=hidden.device) if is_top1 else None
     size = min(tile_rows(head.vocabulary, low_memory), count)
     tile = torch.empty(size, head.vocabulary, dtype=wide, device=hidden.device)
     spare = torch.empty_like(tile) if entropy else None
@@ -123,6 +129,8 @@ def token_statistics(
             logits = head.tile_of_logits(chosen.to(dtype), weight, tile[: chosen.shape[0]])
             of_label = logits.gather(1, labels[part].unsqueeze(1)).squeeze(1)
             largest = logits.amax(1)
+            if tops is not None:
+                tops[part] = logits.argmax(1) == labels[part]
             if spare is None:
                 exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
             else:
@@ -135,4 +143,4 @@ def token_statistics(
                 entropies[part] = (normalizer - mean_logit).clamp_min_(0)
             # Where the product allocates, two tiles would live at once.
             del logits, exponentials
-    return TokenStatistics(nll, entropies)
+    return TokenStatistics(nll, entropies, tops)

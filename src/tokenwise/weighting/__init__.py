@@ -12,6 +12,7 @@ _PUBLIC = {
     "TokenBatch": "base",
     "TokenWeighter": "base",
     "TokenWeights": "apply",
+    "WeighMixin": "sft_trainer",
     "Weighing": "weighing",
     "token_weights": "apply",
     "weigh": "apply",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,9 @@ from tokenwise.models.patch import replace_attribute
 from tokenwise.models.reference import ReferenceModel
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Run, State, TokenWeighter
+from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
+from tokenwise.weighting.sft_trainer import is_sft_trainer
 from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing
 
@@ -34,8 +35,9 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
     depend on the weights themselves, and the checkpoints (the method's state is saved and restored with them).
 
     Args:
-        target: a transformers Trainer, or a causal language model for a loop of your own. In a loop with gradient
-            accumulation pass ``num_items_in_batch`` to the model, and call `Weighing.correct_gradients`.
+        target: a transformers Trainer, TRL's SFTTrainer, or a causal language model for a loop of your own. In a
+            loop with gradient accumulation pass ``num_items_in_batch`` to the model, and call
+            `Weighing.correct_gradients`.
         method: the method.
         seed: seed of the method's own draws; on a Trainer its `args.seed` is used.
         low_memory: use a third of the tile in which logits exist.
@@ -51,15 +53,21 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
     if isinstance(target, Trainer):
         check_trainer(target, method)
         assert target.model is not None
-        handle = _weigh_model(target.model, method, target.args.seed, target.args.process_index, low_memory)
-        connect(target, handle)
+        columns = TrainingColumns(target, method)
+        # SFTTrainer adds a router loss to ours itself.
+        handle = _weigh_model(
+            target.model, method, target.args.seed, target.args.process_index, low_memory, is_sft_trainer(target)
+        )
+        connect(target, handle, columns)
         return handle
     return _weigh_model(target, method, seed, 0, low_memory)
 
 
-def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool) -> Weighing:
+def _weigh_model(
+    target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool, router_loss: bool = False
+) -> Weighing:
     model = base_of(target)
-    check_model(model)
+    check_model(model, router_loss)
     state = method.start(Run(seed=seed, rank=rank, device=model.device))
     forward = WeightedForward(model, method, state, load_reference(model, method), low_memory)
     handle = Weighing(forward)
@@ -76,17 +84,6 @@ def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int,
             inputs.pop(name, None)
         return original(*args, **inputs)
 
-    # The Trainer keeps the data columns that the signature names.
-    signature = inspect.signature(original)
-    parameters = list(signature.parameters.values())
-    rest = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
-    columns = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in COLUMNS
-        if name not in signature.parameters
-    ]
-    plain = [parameter for parameter in parameters if parameter not in rest]
-    weighted.__signature__ = signature.replace(parameters=[*plain, *columns, *rest])  # type: ignore[attr-defined]
     weighted.tokenwise = handle  # type: ignore[attr-defined]
     handle.on_undo(replace_attribute(model, "forward", weighted))
 
@@ -99,8 +96,12 @@ def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int,
     return handle
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, router_loss: bool = False) -> None:
     """Refuse what the weighted loss does not know, before anything is patched.
+
+    Args:
+        model: the model.
+        router_loss: whether the caller adds the router loss of a mixture of experts itself.
 
     Raises:
         InputError: naming what does not fit and the way out.
@@ -119,7 +120,7 @@ def check_model(model: Any) -> None:
                 "model", f"{type(model).__name__} is an encoder-decoder model.", "Weighting needs a decoder-only one."
             )
         )
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
+    if not router_loss and getattr(model.config.get_text_config(), "output_router_logits", False):
         raise InputError(
             Problem(
                 "model.config.output_router_logits",
