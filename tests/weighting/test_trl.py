@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import peft
@@ -100,6 +102,7 @@ def make(model, rows, tmp_path, batch=8, accumulate=1, cls=trl.SFTTrainer, peft_
         **{
             "learning_rate": 0.5,
             "max_steps": 1,
+            "max_length": None,
             "max_grad_norm": 0.0,
             "save_strategy": "no",
             "gradient_checkpointing": False,
@@ -189,7 +192,7 @@ LAYOUTS = {
     "one batch": (8, 1, {}),
     "accumulate 2": (4, 2, {}),
     "accumulate 4": (2, 4, {}),
-    "padding-free": (4, 2, {"padding_free": True, "max_length": None}),
+    "padding-free": (4, 2, {"padding_free": True}),
     "packed": (1, 4, {"packing": True, "max_length": 20, "cls": WeighedSFTTrainer}),
 }
 
@@ -226,15 +229,14 @@ def test_the_stock_losses_and_metrics(loss_type, tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("name", ["loss_weights", "top_entropy step", "excess_loss", "focal weight_mean"])
 def test_metrics_are_of_every_label_whatever_the_weights(name, tiny_llama, reference_directory, tmp_path):
-    with torch.no_grad():  # so that some labels are the most likely token
-        tiny_llama.lm_head.weight[:] = tiny_llama.model.embed_tokens.weight.roll(-1, 0)
     rows = samples()
-    for row in rows:
-        row["input_ids"] = [(row["input_ids"][0] + index) % 60 for index in range(len(row["input_ids"]))]
-        row["labels"] = [-100, *row["input_ids"][1:]]
+    for row in rows:  # every other label is the most likely token
+        likely = [0, *tiny_llama(torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(1).tolist()]
+        labels = enumerate(zip(row["labels"], likely, strict=True))
+        row["labels"] = [best if label != -100 and index % 2 else label for index, (label, best) in labels]
     _, theirs, _ = train(tiny_llama, rows, None, tmp_path, 4, 2)
     _, logs, handle = train(tiny_llama, rows, METHODS[name](reference_directory), tmp_path, 4, 2)
-    assert theirs[0]["mean_token_accuracy"] > 0.02
+    assert 0.4 < theirs[0]["mean_token_accuracy"] < 0.6
     for metric in ("entropy", "mean_token_accuracy", "num_tokens"):
         assert logs[0][metric] == pytest.approx(theirs[0][metric], abs=1e-5), metric
     assert name == "focal weight_mean" or handle.stats["kept_share"] < 0.8
@@ -293,12 +295,11 @@ def test_samples_are_numbered_where_the_data_does_not(tiny_llama, tmp_path):
     handle.undo()
     assert "sample_id" not in trainer.train_dataset.column_names
     trainer = make(tiny_llama, rows, tmp_path, cls=WeighedSFTTrainer, packing=True, max_length=20)
-    trainer.train_dataset = trainer.train_dataset  # columns are looked for in what will be trained on
     tw.weigh(trainer, BySample())
     seen = {}
     for batch in trainer.get_train_dataloader():
         bounds = batch["cu_seq_lens_q"].tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             (number,) = batch["sample_id"][0, start:end].unique().tolist()
             assert seen.setdefault(number, tuple(batch["input_ids"][0, start:end].tolist()))
     assert len(seen) == 8
@@ -346,7 +347,8 @@ def test_evaluation_resume_saving_and_undo(tiny_llama, tmp_path):
     assert distance(saved, tiny_llama) == 0
     handle.undo()
     assert trainer.model.forward == forward
-    assert {key for key, value in vars(trainer).items() if attributes.get(key) is not value} <= {"callback_handler"}
+    changed = {key for key, value in vars(trainer).items() if attributes.get(key) is not value}
+    assert changed == {"gather_function"}  # set anew by each evaluation
     stock, _, _ = train(tiny_llama, rows, None, tmp_path)
     trainer.train()
     assert distance(trainer.model, stock) == 0
@@ -379,7 +381,7 @@ def test_what_cannot_work_is_refused_before_anything_is_patched(tiny_llama, tmp_
     refuse(r"args.packing: drops the columns", tw.LossWeights(), packing=True, max_length=20)
     packed = {"packing": True, "max_length": 20, "packing_strategy": "wrapped", "cls": WeighedSFTTrainer}
     for method in (tw.TopEntropy(scope="sequence"), WeightsPerSequence(), BySample(), tw.DynamicLoss()):
-        rows = [{**row, "reference_nll": row["reference_nll"][1:] + [0.0]} for row in samples()]
+        rows = [{**row, "reference_nll": [*row["reference_nll"][1:], 0.0]} for row in samples()]
         refuse(r"'wrapped' leaves no mark where a sample ends", method, rows, **packed)
     unnumbered = [{key: row[key] for key in ("input_ids", "labels")} for row in samples()]
     refuse("cannot be numbered", BySample(), unnumbered, **{**packed, "packing_strategy": "bfd_split"})
@@ -409,10 +411,17 @@ def test_bad_columns_are_named_before_training(column, values, match, tiny_llama
     }[column]
     with pytest.raises(InputError, match=match):
         tw.weigh(make(tiny_llama, rows, tmp_path), method)
-    without = [{key: value for key, value in row.items() if key != "loss_weights"} for row in samples()]
-    if column == "loss_weights":
-        with pytest.raises(InputError, match=r"train_dataset.loss_weights: is missing"):
-            tw.weigh(make(tiny_llama, without, tmp_path), method)
+    if column != "sample_id":
+        # Whether weights may be negative only the method says, later.
+        with nullcontext() if "-2.0" in match else pytest.raises(InputError, match=match):
+            make(tiny_llama, rows, tmp_path, cls=WeighedSFTTrainer, packing=True, max_length=20)
+
+
+def test_a_missing_column_is_named_before_training(tiny_llama, tmp_path):
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in samples()]
+    for options in ({}, {"cls": WeighedSFTTrainer, "packing": True, "max_length": 20}):
+        with pytest.raises(InputError, match=r"train_dataset.loss_weights: is missing, and LossWeights reads it"):
+            tw.weigh(make(tiny_llama, rows, tmp_path, **options), tw.LossWeights())
 
 
 def test_negative_weights_where_a_method_allows_them(tiny_llama, tmp_path):

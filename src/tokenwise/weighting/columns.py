@@ -132,6 +132,14 @@ class ColumnCollator:
                 laid = torch.zeros(batch["input_ids"].numel(), dtype=values.dtype)
                 laid[places] = values
                 batch[name] = laid.view(batch["input_ids"].shape)
+                if "labels" in batch and bool((batch[name].isnan() & batch["labels"].ne(IGNORED))[:, 1:].any()):
+                    raise InputError(
+                        Problem(
+                            name,
+                            "has no value at the first token of a row padded on the left, which is predicted there.",
+                            "Give it one, pad on the right, or set the label of the first token to -100.",
+                        )
+                    )
         return batch
 
 
