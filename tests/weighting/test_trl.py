@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 import tokenwise as tw
@@ -64,10 +65,15 @@ class BySample(tw.weighting.TokenWeighter):
 
 
 def tokenizer():
-    words = {f"w{index}": index for index in range(62)} | {"<pad>": 62, "<eos>": 63}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="<eos>"
-    )
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(62)} | {"<pad>": 62, "<eos>": 63}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(autouse=True)
+def _no_collection_of_garbage(monkeypatch):
+    """The trainer collects it at every start, which takes longer than all else here."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 def samples(seed=0):
@@ -323,6 +329,41 @@ def test_chat_and_completion_masks_keep_their_columns(tiny_llama, tmp_path):
             **options,
         )  # fmt: skip
         assert distance(found, expected) < 1e-5 < distance(found, tiny_llama)
+
+
+def test_text_that_the_trainer_turns_into_tokens(tiny_llama, tmp_path):
+    rows = [
+        {"prompt": "w1 w2", "completion": " w3" * length, "sample_id": 7 * length, "loss_weights": [1.0] * (length + 3)}
+        for length in range(1, 7)
+    ]
+    trainer = make(tiny_llama, rows, tmp_path, 6, cls=WeighedSFTTrainer, packing=True, max_length=16)
+    handle = tw.weigh(trainer, BySample())
+    for batch in trainer.get_train_dataloader():
+        bounds = batch["cu_seq_lens_q"].tolist()
+        for start, end in itertools.pairwise(bounds):
+            assert batch["sample_id"][0, start:end].tolist() == [7 * (end - start - 3)] * (end - start)
+            assert batch["labels"][0, start:end].tolist() == [-100, -100, *[3] * (end - start - 3), 63]
+    handle.undo()
+    tw.weigh(trainer, tw.LossWeights()).undo()
+    rows[2]["loss_weights"] = [1.0] * 5
+    with pytest.raises(InputError, match=r"train_dataset\[2\].loss_weights: has 5 values for 6 tokens"):
+        make(tiny_llama, rows, tmp_path, cls=WeighedSFTTrainer)
+
+
+def test_prompt_tuning_without_columns(tiny_llama, tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    _, theirs, _ = train(tiny_llama, samples(), None, tmp_path, 4, 2, peft_config=config, max_steps=2)
+    _, logs, _ = train(tiny_llama, samples(), tw.Uniform(), tmp_path, 4, 2, peft_config=config, max_steps=2)
+    for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
+        assert logs[1][name] == pytest.approx(theirs[1][name], abs=1e-5), name
+
+
+def test_bf16_and_checkpointed_activations(tiny_llama, tmp_path):
+    options = {"bf16": True, "gradient_checkpointing": True}
+    _, theirs, _ = train(tiny_llama, samples(), None, tmp_path, 4, 2, **options)
+    _, logs, _ = train(tiny_llama, samples(), tw.Uniform(), tmp_path, 4, 2, **options)
+    assert logs[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-2)
+    assert logs[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=2e-2)
 
 
 def test_evaluation_resume_saving_and_undo(tiny_llama, tmp_path):
