@@ -14,6 +14,7 @@ _PUBLIC = {
     "Keep": "tokenwise.policies.budget",
     "Method": "tokenwise.method",
     "Paper": "tokenwise.method",
+    "WeighMixin": "tokenwise.weighting.sft_trainer",
     "compare": "tokenwise.comparison",
     "weigh": "tokenwise.weighting.apply",
     "weighted_linear_cross_entropy": "tokenwise.weighting.loss",

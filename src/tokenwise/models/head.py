@@ -52,12 +52,17 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return OutputHead(head.weight, getattr(head, "bias", None), 1.0 if scale is None else float(scale), softcap)
 
 
-def last_hidden(model: PreTrainedModel, *args: Any, **inputs: Any) -> Tensor:
-    """The hidden states that the head reads, [batch, tokens, hidden]."""
+def run_backbone(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
+    """The output of the model without its head."""
     inputs["use_cache"] = False
     inputs["return_dict"] = True
     backbone = model.base_model
-    return backbone(*args, **inputs).last_hidden_state
+    return backbone(*args, **inputs)
+
+
+def last_hidden(model: PreTrainedModel, *args: Any, **inputs: Any) -> Tensor:
+    """The hidden states that the head reads, [batch, tokens, hidden]."""
+    return run_backbone(model, *args, **inputs).last_hidden_state
 
 
 @torch.no_grad()

@@ -90,6 +90,8 @@ class TokenStatistics:
         top_entropy: entropy of the distribution over the 20 likeliest tokens alone in nats, in [0, ln 20]; None unless
             wanted.
         rank: how many tokens of the vocabulary are more likely than the label, int32; None unless wanted.
+        is_top1: whether the label is the most likely token (of equally likely ones the first), bool; None unless
+            wanted.
         top_ids: the most likely tokens, most likely first, [tokens, top_k], int32; None unless wanted.
         top_logp: their log-probabilities in nats, [tokens, top_k]; None unless wanted.
     """
@@ -98,6 +100,7 @@ class TokenStatistics:
     entropy: Tensor | None = None
     top_entropy: Tensor | None = None
     rank: Tensor | None = None
+    is_top1: Tensor | None = None
     top_ids: Tensor | None = None
     top_logp: Tensor | None = None
 
@@ -146,6 +149,7 @@ def token_statistics(
     entropies = torch.empty_like(nll) if "entropy" in reads else None
     top_entropies = torch.empty_like(nll) if "top_entropy" in reads else None
     ranks = torch.empty(count, dtype=torch.int32, device=hidden.device) if "rank" in reads else None
+    tops = torch.empty(count, dtype=torch.bool, device=hidden.device) if "is_top1" in reads else None
     top_ids = torch.empty(count, top_k, dtype=torch.int32, device=hidden.device) if top_k else None
     top_logp = torch.empty(count, top_k, dtype=wide, device=hidden.device) if top_k else None
     size = min(tile_rows(head.vocabulary, low_memory), count)
@@ -161,6 +165,8 @@ def token_statistics(
                 ranks[part] = (logits > of_label.unsqueeze(1)).sum(1, dtype=torch.int32)
             if top_ids is not None and top_logp is not None:
                 top_logp[part], top_ids[part] = logits.topk(top_k, dim=1)
+            if tops is not None:
+                tops[part] = logits.argmax(1) == labels[part]
             if spare is None:
                 exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
             else:
@@ -177,4 +183,4 @@ def token_statistics(
                 top_entropies[part] = top_entropy(exponentials)
             # Where the product allocates, two tiles would live at once.
             del logits, exponentials
-    return TokenStatistics(nll, entropies, top_entropies, ranks, top_ids, top_logp)
+    return TokenStatistics(nll, entropies, top_entropies, ranks, tops, top_ids, top_logp)

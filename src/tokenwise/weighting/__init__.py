@@ -12,6 +12,7 @@ _PUBLIC = {
     "TokenBatch": "base",
     "TokenWeighter": "base",
     "TokenWeights": "apply",
+    "WeighMixin": "sft_trainer",
     "Weighing": "weighing",
     "fila_initialize": "fila",
     "load_masks": "parameter_masks",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,7 +19,9 @@ from tokenwise.scores.layout import is_store
 from tokenwise.scores.reference import StoredReference
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Normalize, Run, State, TokenWeighter
+from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
+from tokenwise.weighting.sft_trainer import is_sft_trainer
 from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing
 
@@ -43,8 +44,9 @@ def weigh(
     depend on the weights themselves, and the checkpoints (the method's state is saved and restored with them).
 
     Args:
-        target: a transformers Trainer, or a causal language model for a loop of your own. In a loop with gradient
-            accumulation pass ``num_items_in_batch`` to the model, and call `Weighing.correct_gradients`.
+        target: a transformers Trainer, TRL's SFTTrainer, or a causal language model for a loop of your own. In a
+            loop with gradient accumulation pass ``num_items_in_batch`` to the model, and call
+            `Weighing.correct_gradients`.
         method: the method.
         seed: seed of the method's own draws; on a Trainer its `args.seed` is used.
         low_memory: use a third of the tile in which logits exist.
@@ -71,9 +73,19 @@ def weigh(
         tokenizer = getattr(target, "processing_class", None)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = None
-        args = target.args
-        handle = _weigh_model(target.model, method, args.seed, args.process_index, low_memory, normalize, tokenizer)
-        connect(target, handle)
+        columns = TrainingColumns(target, method)
+        handle = _weigh_model(
+            target.model,
+            method,
+            target.args.seed,
+            target.args.process_index,
+            low_memory,
+            normalize,
+            tokenizer,
+            # SFTTrainer adds a router loss to ours itself.
+            router_loss=is_sft_trainer(target),
+        )
+        connect(target, handle, columns)
         return handle
     return _weigh_model(target, method, seed, 0, low_memory, normalize)
 
@@ -86,9 +98,10 @@ def _weigh_model(
     low_memory: bool,
     normalize: Normalize,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    router_loss: bool = False,
 ) -> Weighing:
     model = base_of(target)
-    check_model(model)
+    check_model(model, router_loss)
     state = method.start(Run(seed=seed, rank=rank, device=model.device))
     reference = load_reference(model, method, tokenizer)
     forward = WeightedForward(model, method, state, reference, low_memory, normalize)
@@ -106,17 +119,6 @@ def _weigh_model(
             inputs.pop(name, None)
         return original(*args, **inputs)
 
-    # The Trainer keeps the data columns that the signature names.
-    signature = inspect.signature(original)
-    parameters = list(signature.parameters.values())
-    rest = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
-    columns = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in COLUMNS
-        if name not in signature.parameters
-    ]
-    plain = [parameter for parameter in parameters if parameter not in rest]
-    weighted.__signature__ = signature.replace(parameters=[*plain, *columns, *rest])  # type: ignore[attr-defined]
     weighted.tokenwise = handle  # type: ignore[attr-defined]
     handle.on_undo(replace_attribute(model, "forward", weighted))
 
@@ -129,8 +131,12 @@ def _weigh_model(
     return handle
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, router_loss: bool = False) -> None:
     """Refuse what the weighted loss does not know, before anything is patched.
+
+    Args:
+        model: the model.
+        router_loss: whether the caller adds the router loss of a mixture of experts itself.
 
     Raises:
         InputError: naming what does not fit and the way out.
@@ -149,7 +155,7 @@ def check_model(model: Any) -> None:
                 "model", f"{type(model).__name__} is an encoder-decoder model.", "Weighting needs a decoder-only one."
             )
         )
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
+    if not router_loss and getattr(model.config.get_text_config(), "output_router_logits", False):
         raise InputError(
             Problem(
                 "model.config.output_router_logits",

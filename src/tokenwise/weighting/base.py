@@ -113,6 +113,10 @@ class TokenWeighter(Method):
     reduction: ClassVar[Reduction] = "token_mean"
     selects: ClassVar[bool] = False
     """Whether the weights are 0 or 1, so that a random choice of as many is a fair control."""
+    compares_sequences: ClassVar[bool] = False
+    """Whether the weights depend on where a sequence ends whatever the scope, as those of whole sequences do."""
+    negative: ClassVar[bool] = False
+    """Whether the data's own weights may be below 0; otherwise such a column is refused before training."""
 
     def start(self, run: Run) -> State | None:
         """The state of a new run; None for methods that accumulate nothing."""

@@ -41,6 +41,7 @@ class DynamicLoss(TokenWeighter):
         checked="worked numbers of the official formulas, with the mapping in its numerically stable form",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"nll"})
+    compares_sequences: ClassVar[bool] = True
 
     strategy: Literal["lin_upper", "quadratic", "extremes"] = "lin_upper"
     """Which sequences gain: all but the easy ones, the middle ones, or both ends."""

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenwise.errors import InputError, Problem
-from tokenwise.models.head import last_hidden, output_head
+from tokenwise.models.head import output_head, run_backbone
 from tokenwise.models.reference import Reference
-from tokenwise.signals.head import IGNORED, STATISTICS, token_statistics
+from tokenwise.signals.head import IGNORED, STATISTICS, TokenStatistics, token_statistics
 from tokenwise.weighting.base import Normalize, PointwiseWeighter, State, TokenBatch, TokenWeighter
+from tokenwise.weighting.fused_output import fused_output, load_balancing_loss
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
 COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask")
@@ -37,6 +38,9 @@ class Weighed:
         rows: position of each label's prediction in the flattened batch, [labels].
         gradient_weight: sum of the sizes of what the losses are multiplied by before the division; of uniform weights
             under the same reduction it would be `denominator`.
+        values: what each label adds to `total`, [labels].
+        entropy: entropy of each label's distribution in nats, [labels]; None unless metrics were wanted.
+        is_top1: whether each label is the most likely token, [labels], bool; None unless metrics were wanted.
     """
 
     total: Tensor
@@ -46,6 +50,9 @@ class Weighed:
     nll: Tensor
     rows: Tensor
     gradient_weight: Tensor
+    values: Tensor
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 def owns_denominator(method: TokenWeighter, normalize: Normalize) -> bool:
@@ -68,6 +75,8 @@ class WeightedForward:
             labels meanwhile, and the gradients are corrected before the optimizer step. None when there is nothing
             to correct.
         scored: filled instead of training while it is a list: the tokens of each micro-batch of a step.
+        items: labels of the whole optimizer step over all processes, for a trainer that divides by them itself
+            instead of passing them to the model.
         observe: called with every `Weighed` that trains.
         normalize: ``mean`` divides by the sum of the weights, whatever the method's reduction divides by.
     """
@@ -90,6 +99,7 @@ class WeightedForward:
         self.owns_denominator = owns_denominator(method, normalize)
         self.step = 0
         self.whole_step = False
+        self.items: Tensor | int | None = None
         self.pending: Tensor | None = None
         self.scored: list[TokenBatch] | None = None
         self.observe: Callable[[Weighed], None] | None = None
@@ -101,34 +111,45 @@ class WeightedForward:
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         token_weights: Tensor | None = None,
+        fused_lm_head: bool = False,
         **inputs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """The model's output with the weighted loss and no logits.
 
         Args:
             labels: [batch, tokens]; or `shift_labels`, moved already.
             num_items_in_batch: labels of the whole optimizer step over all processes; of this batch unless given.
             token_weights: weights decided beforehand for the labels of this batch, [labels].
+            fused_lm_head: whether TRL calls, which makes its loss from the log-probabilities in a
+                FusedCausalLMOutput and divides it by the number of labels itself.
             inputs: the backbone's inputs, and any of `COLUMNS`.
         """
         columns = {name: shifted(inputs.pop(name), 0) for name in COLUMNS if name in inputs}
         targets = shift_labels if labels is None else shifted(labels, IGNORED)
         assert targets is not None
-        hidden = last_hidden(self.model, *args, **inputs)
+        outputs = run_backbone(self.model, *args, **inputs)
+        hidden = outputs.last_hidden_state
         if self.scored is not None:
             batch, rows = self._batch(targets, columns, args, inputs)
             self._score(hidden, batch, rows)
             self.scored.append(batch)
             return CausalLMOutputWithPast(loss=hidden.new_zeros(()))
-        result = self.weigh(hidden, targets, columns, args, inputs, token_weights)
+        result = self.weigh(hidden, targets, columns, args, inputs, token_weights, metrics=fused_lm_head)
         if self.observe is not None:
             self.observe(result)
         divisor = result.denominator
+        if fused_lm_head:
+            num_items_in_batch = self.items
         if num_items_in_batch is not None and not (self.whole_step and self.owns_denominator):
             divisor = torch.as_tensor(num_items_in_batch).to(result.total)
             if self.owns_denominator:
                 self.pending = result.denominator + (0 if self.pending is None else self.pending)
-        return CausalLMOutputWithPast(loss=cast(Any, result.total / divisor.where(divisor != 0, 1.0)))
+        divisor = divisor.where(divisor != 0, 1.0)
+        if fused_lm_head:
+            count = result.labels if num_items_in_batch is None else num_items_in_batch
+            aux_loss = load_balancing_loss(self.model, outputs, inputs)
+            return fused_output(result, targets, count / divisor, labels is None, aux_loss)
+        return CausalLMOutputWithPast(loss=cast(Any, result.total / divisor))
 
     def weigh(
         self,
@@ -138,18 +159,23 @@ class WeightedForward:
         args: tuple[Any, ...],
         inputs: dict[str, Any],
         token_weights: Tensor | None = None,
+        metrics: bool = False,
     ) -> Weighed:
-        """The weighted sum and the denominator of one micro-batch; targets and columns are shifted already."""
+        """The weighted sum and the denominator of one micro-batch; targets and columns are shifted already.
+
+        With `metrics` also the statistics of every label, those of weight zero included.
+        """
         # Weights decided beforehand have had the reference run for them already.
         batch, rows = self._batch(targets, columns, args, inputs, filled=token_weights is None)
         method = self.method
         weights: Tensor | Pointwise
+        scored = None
         if token_weights is not None:
             weights = token_weights.to(hidden.device)
         elif isinstance(method, PointwiseWeighter):
             weights = method.pointwise
         else:
-            self._score(hidden, batch, rows)
+            scored = self._score(hidden, batch, rows, metrics)
             weights = self.decide(batch)
         per_sequence = None
         if method.reduction == "sequence_mean":
@@ -165,6 +191,7 @@ class WeightedForward:
             batch,
             weights,
             reads=method.reads,
+            metrics=metrics and scored is None,
             low_memory=self.low_memory,
         )
         count = rows.shape[0]
@@ -179,7 +206,19 @@ class WeightedForward:
             denominator = torch.tensor(count if method.reduction == "token_mean" else batch.sequences)
         factors = summed.weights if per_sequence is None else summed.weights / per_sequence[batch.sequence]
         nll = summed.nll if batch.nll is None else batch.nll
-        return Weighed(summed.total, denominator.to(summed.total), count, factors, nll, rows, gradient_weight)
+        seen = summed if scored is None else scored
+        return Weighed(
+            summed.total,
+            denominator.to(summed.total),
+            count,
+            factors,
+            nll,
+            rows,
+            gradient_weight,
+            summed.values,
+            seen.entropy,
+            seen.is_top1,
+        )
 
     def decide(self, batch: TokenBatch) -> Tensor:
         """The method's weights of these tokens, checked for their shape: [tokens]."""
@@ -225,19 +264,24 @@ class WeightedForward:
                 )
         return batch, rows
 
-    def _score(self, hidden: Tensor, batch: TokenBatch, rows: Tensor) -> None:
-        """One pass over the head, none over the backbone, for the statistics that the weights are made from."""
+    def _score(self, hidden: Tensor, batch: TokenBatch, rows: Tensor, metrics: bool = False) -> TokenStatistics | None:
+        """One pass over the head, none over the backbone, for the statistics that the weights are made from.
+
+        None where the weights need no such pass.
+        """
         if not STATISTICS & self.method.reads:
-            return
+            return None
         found = token_statistics(
             hidden.detach().reshape(-1, hidden.shape[-1]),
             output_head(self.model),
             batch.labels,
             rows=rows,
-            reads=self.method.reads,
+            reads=self.method.reads | {"entropy", "is_top1"} if metrics else self.method.reads,
             low_memory=self.low_memory,
         )
-        batch.nll, batch.entropy, batch.top_entropy = found.nll, found.entropy, found.top_entropy
+        batch.nll, batch.top_entropy = found.nll, found.top_entropy
+        batch.entropy = found.entropy if "entropy" in self.method.reads else None
+        return found
 
 
 def _scaled(pointwise: Pointwise, per_sequence: Tensor) -> Pointwise:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from tokenwise.errors import InputError, Problem
-from tokenwise.signals.head import IGNORED, STATISTICS, OutputHead, row_tiles, tile_rows, top_entropy
+from tokenwise.signals.head import (
+    IGNORED,
+    STATISTICS,
+    OutputHead,
+    row_tiles,
+    tile_rows,
+    token_statistics,
+    top_entropy,
+)
 from tokenwise.signals.products import SumOfProducts, multiply
 from tokenwise.weighting.base import PointwiseWeighter, TokenBatch
 
@@ -97,11 +105,17 @@ class WeightedSum:
         weights: weight of each token, [tokens], detached: the factor of its gradient.
         nll: negative log-likelihood of each token in nats, [tokens], detached; NaN where it was never computed
             because the weight is zero.
+        values: what each token adds to `total`, [tokens], detached.
+        entropy: entropy of each token's distribution in nats, [tokens], detached; None unless `metrics` are wanted.
+        is_top1: whether the label is the most likely token, [tokens], bool; None unless `metrics` are wanted.
     """
 
     total: Tensor
     weights: Tensor
     nll: Tensor
+    values: Tensor
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 def weighted_sum(
@@ -112,6 +126,7 @@ def weighted_sum(
     weights: Tensor | Pointwise | None,
     *,
     reads: Collection[str] = (),
+    metrics: bool = False,
     low_memory: bool = False,
 ) -> WeightedSum:
     """Sum of weighted token losses through the head, with its gradients made on the way.
@@ -123,9 +138,12 @@ def weighted_sum(
         batch: these tokens; its tensors are sliced along with the tiles for a pointwise function.
         weights: [tokens], or a function from a TokenBatch with `nll` to (loss, d loss / d nll), or None for 1.
         reads: which `STATISTICS` the pointwise function reads; other names are ignored.
+        metrics: whether to give the statistics of every token: tokens of weight zero, which are otherwise left out,
+            then cost one matrix product instead of three.
         low_memory: use tiles of a third of the size, and no second copy of the weight's gradient.
     """
     kept = None
+    zero = None
     if isinstance(weights, Tensor):
         weights = weights.detach().to(torch.promote_types(hidden.dtype, torch.float32))
         zero = weights == 0
@@ -134,7 +152,7 @@ def weighted_sum(
     used = batch if kept is None else TokenBatch(batch.labels[kept], batch.sequence[kept], batch.sequences)
     used_rows = rows if kept is None else rows[kept]
     used_weights = weights[kept] if kept is not None and isinstance(weights, Tensor) else weights
-    total, nll, slopes = _WeightedSum.apply(
+    total, nll, slopes, values, *statistics = _WeightedSum.apply(
         hidden,
         head.weight,
         head.bias,
@@ -143,14 +161,35 @@ def weighted_sum(
         used,
         used_weights,
         reads if callable(used_weights) else (),
+        metrics,
         low_memory,
         torch.is_grad_enabled(),
     )
     if kept is not None:
         assert isinstance(weights, Tensor)
+        assert zero is not None
         nll = torch.full_like(weights, torch.nan, dtype=nll.dtype).index_copy_(0, kept, nll)
+        values = torch.zeros_like(weights, dtype=values.dtype).index_copy_(0, kept, values)
         slopes = weights
-    return WeightedSum(total, slopes, nll)
+        if metrics:
+            rest = zero.nonzero().squeeze(1)
+            found = token_statistics(
+                hidden.detach(),
+                head,
+                batch.labels[rest],
+                rows=rows[rest],
+                reads={"entropy", "is_top1"},
+                low_memory=low_memory,
+            )
+            assert found.entropy is not None
+            assert found.is_top1 is not None
+            nll.index_copy_(0, rest, found.nll)
+            entropies, tops = statistics
+            statistics = [
+                torch.empty_like(nll).index_copy_(0, kept, entropies).index_copy_(0, rest, found.entropy),
+                torch.empty_like(zero).index_copy_(0, kept, tops).index_copy_(0, rest, found.is_top1),
+            ]
+    return WeightedSum(total, slopes, nll, values, *(statistics if metrics else ()))
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -167,9 +206,10 @@ class _WeightedSum(torch.autograd.Function):
         batch: TokenBatch,
         weights: Tensor | Pointwise | None,
         reads: Collection[str],
+        metrics: bool,
         low_memory: bool,
         wants_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         needs_hidden, needs_weight, needs_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
         count, vocabulary = rows.shape[0], head.vocabulary
         dtype = head.compute_dtype(hidden)
@@ -184,10 +224,13 @@ class _WeightedSum(torch.autograd.Function):
 
         nll = torch.empty(count, dtype=wide, device=device)
         slopes = torch.empty_like(nll)
+        values = torch.empty_like(nll)
+        entropies = torch.empty_like(nll) if metrics or "entropy" in reads else None
+        tops = torch.empty(count, dtype=torch.bool, device=device) if metrics else None
         total = torch.zeros((), dtype=wide, device=device)
         size = min(tile_rows(vocabulary, low_memory), count)
         tile = torch.empty(size, vocabulary, dtype=wide, device=device)
-        spare = torch.empty_like(tile) if "entropy" in reads or head.softcap is not None else None
+        spare = torch.empty_like(tile) if entropies is not None or head.softcap is not None else None
         weight_gradient = None
         if needs_weight:
             weight_gradient = SumOfProducts(*weight.shape, rows=size, dtype=wide, device=device, low_memory=low_memory)
@@ -207,22 +250,27 @@ class _WeightedSum(torch.autograd.Function):
                 if lost.any():
                     losses[lost] = _losses_of(head, chosen[lost], factors, labels[lost], wide)
                 nll[part] = losses
+                if entropies is not None:
+                    mean_logit = torch.bmm(probabilities.unsqueeze(1), logits.unsqueeze(2)).view(-1)
+                    normalizer = logits.gather(1, labels).squeeze(1) + losses
+                    entropies[part] = (normalizer - mean_logit).clamp_min_(0)
+                if tops is not None:
+                    tops[part] = logits.argmax(1) == labels.squeeze(1)
                 if callable(weights):
                     seen = _slice(batch, part)
                     seen.nll = losses
                     if "top_entropy" in reads:
                         seen.top_entropy = top_entropy(probabilities)
-                    if "entropy" in reads:
-                        mean_logit = torch.bmm(probabilities.unsqueeze(1), logits.unsqueeze(2)).view(-1)
-                        normalizer = logits.gather(1, labels).squeeze(1) + losses
-                        seen.entropy = (normalizer - mean_logit).clamp_min_(0)
-                    values, slope = weights(seen)
+                    if entropies is not None and "entropy" in reads:
+                        seen.entropy = entropies[part]
+                    value, slope = weights(seen)
                 elif weights is None:
-                    values, slope = losses, torch.ones_like(losses)
+                    value, slope = losses, torch.ones_like(losses)
                 else:
                     slope = weights[part]
-                    values = slope * losses
-                total += values.sum()
+                    value = slope * losses
+                total += value.sum()
+                values[part] = value
                 slopes[part] = slope
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
@@ -255,9 +303,16 @@ class _WeightedSum(torch.autograd.Function):
             None if weight_gradient is None else weight_gradient.total().to(weight.dtype),
             None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
         )
-        ctx.mark_non_differentiable(nll, slopes)
+        statistics = (
+            nll,
+            slopes,
+            values,
+            *(() if entropies is None else (entropies,)),
+            *(() if tops is None else (tops,)),
+        )
+        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return total, nll, slopes
+        return (total, *statistics)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -272,7 +327,7 @@ class _WeightedSum(torch.autograd.Function):
             None if gradient is None or incoming is None else gradient.mul_(incoming.to(gradient.dtype))
             for gradient in gradients
         ]
-        return (*scaled, None, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None, None)
 
 
 def _losses_of(head: OutputHead, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

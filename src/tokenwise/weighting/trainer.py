@@ -16,8 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
 from tokenwise.weighting.base import Normalize, TokenBatch, TokenWeighter
+from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.diagnostics import log_weights
 from tokenwise.weighting.forward import COLUMNS, owns_denominator
+from tokenwise.weighting.sft_trainer import is_sft_trainer, sft_trainer_problems
 from tokenwise.weighting.weighing import Weighing
 
 _STATE = "tokenwise_state"
@@ -31,9 +33,15 @@ def check_trainer(trainer: Trainer, method: TokenWeighter, normalize: Normalize 
     """
     args = trainer.args
     found = []
-    if any(base.__module__.startswith("trl.") for base in type(trainer).__mro__):
+    if is_sft_trainer(trainer):
+        found += sft_trainer_problems(trainer, method, normalize)
+    elif any(base.__module__.startswith("trl.") for base in type(trainer).__mro__):
         found.append(
-            Problem("trainer", f"{type(trainer).__name__} computes its loss itself.", "Use transformers' Trainer.")
+            Problem(
+                "trainer",
+                f"{type(trainer).__name__} computes its loss itself.",
+                "Use SFTTrainer or transformers' Trainer.",
+            )
         )
     if args.label_smoothing_factor != 0:
         found.append(
@@ -57,8 +65,8 @@ def check_trainer(trainer: Trainer, method: TokenWeighter, normalize: Normalize 
         raise InputError(found)
 
 
-def connect(trainer: Trainer, handle: Weighing) -> None:
-    """Patch `trainer` for a model that is weighed already; undone with the handle."""
+def connect(trainer: Trainer, handle: Weighing, columns: TrainingColumns) -> None:
+    """Patch `trainer` for a model that is weighed already, and carry its `columns`; undone with the handle."""
     forward, method = handle.forward, handle.method
     plain_batches, plain_step = trainer.get_batch_samples, trainer.training_step
     plain_load = trainer._load_optimizer_and_scheduler
@@ -86,6 +94,7 @@ def connect(trainer: Trainer, handle: Weighing) -> None:
         return samples, items
 
     def training_step(model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        forward.items = num_items_in_batch
         loss = plain_step(model, inputs, num_items_in_batch)
         returned.append(loss)
         if forward.pending is None or not trainer.accelerator.sync_gradients:
@@ -109,8 +118,7 @@ def connect(trainer: Trainer, handle: Weighing) -> None:
         ("loss_is_scaled_for_ga", True),
     ):
         handle.on_undo(replace_attribute(trainer, name, value))
-    # Data columns that the patched forward reads must survive; the Trainer looks anew at the next data loader.
-    handle.on_undo(replace_attribute(trainer, "_signature_columns", None))
+    columns.connect(handle)
     log_weights(trainer, handle)
     callback = _Checkpoints(trainer, handle)
     trainer.add_callback(callback)
