@@ -19,6 +19,7 @@ from tokenwise.models.reference import ReferenceModel
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Run, State, TokenWeighter
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
+from tokenwise.weighting.objective import Objective, ObjectiveForward, ObjectiveWeighing, load_frozen
 from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, low_memory: bool = False) -> Weighing:
+def weigh(
+    target: Trainer | nn.Module, method: TokenWeighter | Objective, *, seed: int = 0, low_memory: bool = False
+) -> Weighing:
     """Train with weighted tokens: from now on the model's loss while training is the method's.
 
     Patches `forward` on the model's instance (in evaluation mode it does what it always did), so that data
@@ -46,7 +49,7 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
     Raises:
         InputError: when the model or the trainer's settings cannot work with it, before anything is patched.
     """
-    if not isinstance(method, TokenWeighter):
+    if not isinstance(method, TokenWeighter | Objective):
         raise InputError(Problem("method", f"{method!r} is no weighting method.", "See `tokenwise methods`."))
     if isinstance(target, Trainer):
         check_trainer(target, method)
@@ -57,12 +60,20 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
     return _weigh_model(target, method, seed, 0, low_memory)
 
 
-def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool) -> Weighing:
+def _weigh_model(
+    target: nn.Module, method: TokenWeighter | Objective, seed: int, rank: int, low_memory: bool
+) -> Weighing:
     model = base_of(target)
     check_model(model)
-    state = method.start(Run(seed=seed, rank=rank, device=model.device))
-    forward = WeightedForward(model, method, state, load_reference(model, method), low_memory)
-    handle = Weighing(forward)
+    forward: WeightedForward | ObjectiveForward
+    handle: Weighing
+    if isinstance(method, Objective):
+        forward = ObjectiveForward(model, method, load_frozen(target, model, method), low_memory)
+        handle = ObjectiveWeighing(forward)
+    else:
+        state = method.start(Run(seed=seed, rank=rank, device=model.device))
+        forward = WeightedForward(model, method, state, load_reference(model, method), low_memory)
+        handle = Weighing(forward)
     forward.observe = handle.observe
     original = model.forward
     active = True
@@ -133,7 +144,7 @@ def check_model(model: Any) -> None:
 def weighted_loss(
     model: PreTrainedModel,
     batch: Mapping[str, Any],
-    method: TokenWeighter,
+    method: TokenWeighter | Objective,
     *,
     state: State | None = None,
     low_memory: bool = False,
@@ -162,7 +173,16 @@ def weighted_loss(
         raise InputError(
             Problem("batch.labels", "is missing.", "Give labels [batch, tokens], -100 where there is none.")
         )
-    loss = WeightedForward(model, method, state, low_memory=low_memory)(**batch).loss
+    forward: WeightedForward | ObjectiveForward
+    if isinstance(method, Objective):
+        if method.needs_reference():
+            raise InputError(
+                Problem("method", f"{type(method).__name__} reads a reference model, which is not here.", "Use weigh.")
+            )
+        forward = ObjectiveForward(model, method, None, low_memory)
+    else:
+        forward = WeightedForward(model, method, state, low_memory=low_memory)
+    loss = forward(**batch).loss
     assert loss is not None
     return loss
 

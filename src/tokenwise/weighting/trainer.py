@@ -16,12 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
 from tokenwise.weighting.base import TokenBatch, TokenWeighter
+from tokenwise.weighting.objective import Objective, ObjectiveForward
 from tokenwise.weighting.weighing import Weighing
 
 _STATE = "tokenwise_state"
 
 
-def check_trainer(trainer: Trainer, method: TokenWeighter) -> None:
+def check_trainer(trainer: Trainer, method: TokenWeighter | Objective) -> None:
     """Refuse settings under which the weighted loss would be wrong or ignored.
 
     Raises:
@@ -45,7 +46,11 @@ def check_trainer(trainer: Trainer, method: TokenWeighter) -> None:
         found.append(
             Problem("args.n_gpu", f"{args.n_gpu} GPUs in one process use nn.DataParallel.", "Start with torchrun.")
         )
-    if method.reduction != "token_mean" or getattr(method, "scope", None) == "step":
+    if isinstance(method, Objective):
+        if args.world_size > 1 and not args.average_tokens_across_devices:
+            message = f"is off, but {type(method).__name__} divides by counts of the whole optimizer step."
+            found.append(Problem("args.average_tokens_across_devices", message, "Set it to True."))
+    elif method.reduction != "token_mean" or getattr(method, "scope", None) == "step":
         reason = f"{type(method).__name__} divides by a number only known at the end of the optimizer step"
         if trainer.is_deepspeed_enabled:
             found.append(Problem("args.deepspeed", f"{reason}, and DeepSpeed owns the gradients.", "Use FSDP or DDP."))
@@ -78,6 +83,8 @@ def connect(trainer: Trainer, handle: Weighing) -> None:
             )
         returned.clear()
         forward.step, forward.pending = trainer.state.global_step, None
+        if isinstance(forward, ObjectiveForward):
+            forward.begin_step(samples)
         forward.whole_step = len(samples) == 1 and trainer.args.world_size == 1
         if getattr(method, "scope", None) == "step" and not forward.whole_step:
             _decide_whole_step(trainer, handle, samples)
