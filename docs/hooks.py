@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from tokenwise import catalog
-from tokenwise.cli.methods import facts, plan_line, python_line
+from tokenwise.cli.methods import facts, in_plans, plan_line, python_line
 
 Entry = dict[str, Any]
 
@@ -46,7 +46,8 @@ def card(entry: Entry) -> str:
         for name, field in entry["fields"].items():
             default = "required" if field.get("required") else f"`{field['default']}`"
             lines.append(_row(f"`{name}`", default, field["range"] or "-", field["description"]))
-    return "\n".join([*lines, "", "```yaml", plan_line(entry), "```", "", "```python", python_line(entry), "```"])
+    plan = ["", "```yaml", plan_line(entry), "```"] if in_plans(entry) else []
+    return "\n".join([*lines, *plan, "", "```python", python_line(entry), "```"])
 
 
 def _row(*cells: str) -> str:

@@ -33,6 +33,7 @@ def loaded_after(*arguments: str) -> set[str]:
         ["methods", "show", "uniform"],
         ["compare", "--help"],
         ["explain", "--help"],
+        ["unlearn", "--help"],
     ],
 )
 def test_light_commands_load_nothing_heavy(arguments):

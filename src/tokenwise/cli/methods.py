@@ -87,8 +87,9 @@ def _show(options: argparse.Namespace) -> int:
     if entry["fields"]:
         _print_fields(console, entry)
         console.print()
-    console.print("In a plan", style="bold")
-    console.print(f"  methods: [uniform, {plan_line(entry)}]", markup=False, soft_wrap=True)
+    if in_plans(entry):
+        console.print("In a plan", style="bold")
+        console.print(f"  methods: [uniform, {plan_line(entry)}]", markup=False, soft_wrap=True)
     console.print("In Python", style="bold")
     console.print(f"  {python_line(entry)}", markup=False, soft_wrap=True)
     return 0
@@ -128,6 +129,11 @@ def _print_fields(console: Console, entry: Entry) -> None:
     console.print(table)
 
 
+def in_plans(entry: Entry) -> bool:
+    """Whether a comparison can run the method: a loss of its own, such as one that unlearns, needs data of its own."""
+    return bool(entry["traits"].get("kind") != "objective")
+
+
 def plan_line(entry: Entry) -> str:
     """The method as a plan writes it, every field at its default: ``{excess_loss: {keep: 0.6, reference: clean}}``."""
     values = _values(entry, reference="clean")
@@ -147,7 +153,7 @@ def python_line(entry: Entry) -> str:
 def _values(entry: Entry, reference: str) -> dict[str, Any]:
     values = {}
     for name, field in entry["fields"].items():
-        if name == "reference":
+        if name == "reference" and field.get("required"):
             values[name] = reference
         elif field.get("required"):
             values[name] = f"<{name}>"

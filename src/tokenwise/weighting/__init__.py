@@ -6,14 +6,22 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "LogitObjective": "logit_objective",
+    "Objective": "objective",
     "PointwiseWeighter": "base",
     "Run": "base",
     "State": "base",
     "TokenBatch": "base",
     "TokenWeighter": "base",
+    "Term": "objective",
     "TokenWeights": "apply",
+    "UnlearningCollator": "unlearning_data",
     "Weighing": "weighing",
+    "pair": "unlearning_data",
+    "read_examples": "unlearning_data",
+    "recall": "unlearning_run",
     "token_weights": "apply",
+    "unlearn": "unlearning_run",
     "weigh": "apply",
     "weighted_linear_cross_entropy": "loss",
     "weighted_loss": "apply",

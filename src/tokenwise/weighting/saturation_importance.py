@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -31,8 +32,9 @@ class _Reweighted(Unlearner):
     group_size: int = Field(10, ge=1)
     """Tokens in a group of granularity ``group``."""
 
+    @abstractmethod
     def _exponents(self) -> tuple[float, float]:
-        raise NotImplementedError
+        """Exponents of p and of 1 - p."""
 
     def forget_term(self) -> Term:
         unit: Literal["token", "sequence"] = "token" if self.granularity in ("token", "group") else "sequence"

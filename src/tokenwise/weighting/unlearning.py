@@ -31,7 +31,7 @@ class Unlearner(Objective):
     retain_coefficient: float = Field(1.0, ge=0)
     """Factor of the retain term."""
     retain: Literal["nll", "kl", "none"] = "nll"
-    """The retain term: the loss of what is to be kept, its divergence KL(reference || current), or none."""
+    """The retain term: the loss of what is to be kept, its divergence from the reference, or none."""
     reference: str | None = None
     """The model before unlearning: a local directory or a hub id; by default the model in training as it is now."""
 
@@ -83,7 +83,7 @@ class GradientAscent(Unlearner):
         checked=OPEN_UNLEARNING,
     )
     retain: Literal["nll", "kl", "none"] = "none"
-    """The retain term: the loss of what is to be kept, its divergence KL(reference || current), or none."""
+    """The retain term: the loss of what is to be kept, its divergence from the reference, or none."""
 
     def forget_term(self) -> Term:
         return Term("forget", "forget", self.forget_coefficient, _ascent)

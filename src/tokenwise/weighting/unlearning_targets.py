@@ -64,7 +64,7 @@ class CEU(Unlearner):
         checked=OPEN_UNLEARNING,
     )
     retain: Literal["nll", "kl", "none"] = "none"
-    """The retain term: the loss of what is to be kept, its divergence KL(reference || current), or none."""
+    """The retain term: the loss of what is to be kept, its divergence from the reference, or none."""
 
     skip: int = Field(1, ge=0)
     """How many tokens at the beginning of each answer are left alone."""
