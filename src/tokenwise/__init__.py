@@ -15,6 +15,7 @@ _PUBLIC = {
     "Method": "tokenwise.method",
     "Paper": "tokenwise.method",
     "compare": "tokenwise.comparison",
+    "unlearn": "tokenwise.weighting.unlearning_run",
     "weigh": "tokenwise.weighting.apply",
     "weighted_linear_cross_entropy": "tokenwise.weighting.loss",
     "weighted_loss": "tokenwise.weighting.apply",

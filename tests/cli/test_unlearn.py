@@ -62,6 +62,7 @@ def test_it_forgets_and_keeps_and_saves(folder, tmp_path, capsys, lora):
     assert shown.startswith("npo, 25 steps")
     for words in ("forget (2)", "retain (4)", "held-out retain (2)", "word for word", f"Model: {out}"):
         assert words in shown
+    assert "was forgotten" not in shown
     written = json.loads((out / "tokenwise_unlearning.json").read_text(encoding="utf-8"))
     assert written["method"]["npo"]["beta"] == 0.2
     assert written["steps"] == 25
@@ -76,6 +77,13 @@ def test_it_forgets_and_keeps_and_saves(folder, tmp_path, capsys, lora):
     assert again.state_dict().keys() == changed.keys()
     assert not torch.equal(again.model.layers[0].mlp.up_proj.weight, changed["model.layers.0.mlp.up_proj.weight"])
     assert (out / "tokenizer.json").is_file()
+
+
+def test_too_little_and_too_much_are_said(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "little", "--steps", "1", "--lr", "1e-9")) == 0
+    assert "Next to nothing was forgotten" in capsys.readouterr().out
+    assert main(command(folder, tmp_path / "much", "--steps", "8", "--lr", "1e-2", "--method", "gradient_ascent")) == 0
+    assert "What should stay suffered" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

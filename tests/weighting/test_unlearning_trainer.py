@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_trainer import TOLERANCE, distance, packed, padded, sequences, train
 from test_unlearning import reference_value
 
@@ -115,6 +119,24 @@ def test_every_layout_gives_the_update_written_out_in_fp64(name, tiny_llama, ref
         handle.undo()
 
 
+def test_two_processes_give_the_update_of_one(tiny_llama, reference_directory, tmp_path):
+    model = tiny_llama.double()
+    model.save_pretrained(tmp_path / "model")
+    script = Path(__file__).with_name("two_processes_unlearn.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    names = ("npo", "ceu")
+    done = subprocess.run(
+        [*command, str(tmp_path), reference_directory, *names], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    reference = type(model).from_pretrained(reference_directory).double().eval()
+    for name in names:
+        loss, expected = expected_step(model, sequences(), METHODS[name](reference_directory), reference)
+        found, theirs = load_file(tmp_path / f"{name}.safetensors"), expected.state_dict()
+        assert found.pop("loss").item() == pytest.approx(loss, abs=1e-6)
+        assert max((value - theirs[key]).abs().max().item() for key, value in found.items()) < TOLERANCE
+
+
 def with_lora(model):
     torch.manual_seed(5)
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
@@ -151,6 +173,15 @@ def test_a_copy_is_the_reference_of_a_model_without_adapters(tiny_llama, tmp_pat
     assert distance(own, named) < 1e-6 < distance(own, tiny_llama)
     assert losses == pytest.approx(named_losses)
     assert losses[0] == pytest.approx(20 * torch.tensor(2.0).log().item(), rel=1e-5)  # 2 / beta * log 2 before any step
+
+
+@pytest.mark.parametrize("name", ["npo", "undial", "sat_imp"])
+def test_bf16_autocast_trains(name, tiny_llama, reference_directory, tmp_path):
+    rows, method = laid_out(sequences(), "right"), METHODS[name](reference_directory)
+    full, losses, _ = train(tiny_llama, rows, method, tmp_path, 4, 2)
+    half, half_losses, _ = train(tiny_llama, rows, method, tmp_path, 4, 2, bf16=True)
+    assert 0 < distance(full, half) < 0.1 * distance(full, tiny_llama)
+    assert half_losses == pytest.approx(losses, rel=0.02)
 
 
 def test_a_missing_term_is_a_differentiable_zero(tiny_llama):

@@ -246,4 +246,17 @@ def _print(found: Unlearned, method: Unlearner) -> None:
         for when, seen in (("before", before), ("after", found.after[name])):
             label = f"{name} ({seen.examples})" if when == "before" else ""
             table.add_row(label, when, f"{seen.nll:.3f}", f"{seen.probability:.3f}", f"{seen.exact:.0%}")
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for hint in _hints(found):
+        console.print(hint, soft_wrap=True)
+
+
+def _hints(found: Unlearned) -> list[str]:
+    """What to try where the numbers say that it went too far or not far enough."""
+    hints = []
+    if found.after["forget"].probability > 0.9 * found.before["forget"].probability:
+        hints.append("Next to nothing was forgotten: try more steps, a larger --lr, or a stronger method.")
+    if found.after["retain"].probability < 0.5 * found.before["retain"].probability:
+        hints.append("What should stay suffered: try fewer steps, a smaller --lr, or a method with a retain term.")
+    return hints

@@ -217,11 +217,11 @@ class UnlearningCollator:
     def __call__(self, items: Sequence[Row]) -> dict[str, Tensor]:
         rows: list[dict[str, Any]] = []
         for item in items:
-            if item["input_ids"] and isinstance(item["input_ids"][0], int):
-                rows.append(dict(item))
-            else:
+            if torch.as_tensor(item["input_ids"][0]).dim():
                 count = len(item["input_ids"])
                 rows += [{name: values[index] for name, values in item.items()} for index in range(count)]
+            else:
+                rows.append(dict(item))
         for row in rows:
             row.setdefault("attention_mask", [1] * len(row["input_ids"]))
         fills = {"input_ids": self.pad_token_id, "labels": IGNORED}
