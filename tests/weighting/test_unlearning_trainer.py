@@ -251,3 +251,15 @@ def test_what_cannot_work_is_refused(tiny_llama, tmp_path):
     with pytest.raises(InputError, match="without its adapters is not the model as it is now"):
         tw.weigh(model, tw.NPO())
     assert "forward" not in vars(model.get_base_model())
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_llama, tmp_path):
+    rows, method = laid_out(sequences(), "right"), tw.NPO(beta=0.5, retain="kl")
+    whole, _, _ = train(tiny_llama, rows, method, tmp_path / "whole", 2, 2, steps=4)
+    train(tiny_llama, rows, method, tmp_path / "cut", 2, 2, steps=2, save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    resumed, _, _ = train(tiny_llama, rows, method, tmp_path / "cut", 2, 2, steps=4, resume=str(checkpoint))
+    assert distance(whole, resumed) == 0
+    assert distance(whole, tiny_llama) > 0
+    with pytest.raises(InputError, match="this run weighs with"):
+        train(tiny_llama, rows, tw.NPO(), tmp_path / "cut", 2, 2, steps=4, resume=str(checkpoint))
