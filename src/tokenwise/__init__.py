@@ -16,6 +16,7 @@ _PUBLIC = {
     "Paper": "tokenwise.method",
     "WeighMixin": "tokenwise.weighting.sft_trainer",
     "compare": "tokenwise.comparison",
+    "unlearn": "tokenwise.weighting.unlearning_run",
     "weigh": "tokenwise.weighting.apply",
     "weighted_linear_cross_entropy": "tokenwise.weighting.loss",
     "weighted_loss": "tokenwise.weighting.apply",

@@ -34,6 +34,7 @@ def loaded_after(*arguments: str) -> set[str]:
         ["compare", "--help"],
         ["score", "--help"],
         ["explain", "--help"],
+        ["unlearn", "--help"],
     ],
 )
 def test_light_commands_load_nothing_heavy(arguments):

@@ -130,8 +130,8 @@ def _print_fields(console: Console, entry: Entry) -> None:
 
 
 def comparable(entry: Entry) -> bool:
-    """Whether a plan may list the method; masks of parameters need data that no task of a comparison has."""
-    return bool(entry["traits"].get("kind") != "masks")
+    """Whether a plan may list the method; unlearning and masks of parameters need data that no task has."""
+    return entry["traits"].get("kind") not in ("masks", "objective")
 
 
 def plan_line(entry: Entry) -> str:
@@ -157,7 +157,7 @@ def python_line(entry: Entry) -> str:
 def _values(entry: Entry, reference: str) -> dict[str, Any]:
     values = {}
     for name, field in entry["fields"].items():
-        if name == "reference":
+        if name == "reference" and field.get("required"):
             values[name] = reference
         elif field.get("required"):
             values[name] = f"<{name}>"

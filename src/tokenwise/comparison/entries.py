@@ -127,6 +127,10 @@ def _check_fits(method: Method, where: str) -> None:
             f"{method.card.id!r} chooses parameters, not tokens, and needs data to forget, which no task here has."
         )
         raise InputError(Problem(where, message))
+    if getattr(type(method), "kind", None) == "objective":
+        message = f"{method.card.id!r} is a loss of its own and gives no weights to tokens; this task compares these."
+        fix = "Use `tokenwise unlearn`." if "forget" in reads else "Use tokenwise.weigh on a trainer."
+        raise InputError(Problem(where, message, fix))
     if "loss_weights" in reads:
         message = f"{method.card.id!r} needs a column loss_weights, which plain text does not have."
         raise InputError(Problem(where, message))

@@ -21,6 +21,7 @@ from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Normalize, Run, State, TokenWeighter
 from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
+from tokenwise.weighting.objective import Objective, ObjectiveForward, ObjectiveWeighing, load_frozen
 from tokenwise.weighting.sft_trainer import is_sft_trainer
 from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def weigh(
     target: Trainer | nn.Module,
-    method: TokenWeighter,
+    method: TokenWeighter | Objective,
     *,
     seed: int = 0,
     low_memory: bool = False,
@@ -61,12 +62,15 @@ def weigh(
     Raises:
         InputError: when the model or the trainer's settings cannot work with it, before anything is patched.
     """
-    if not isinstance(method, TokenWeighter):
+    if not isinstance(method, TokenWeighter | Objective):
         raise InputError(Problem("method", f"{method!r} is no weighting method.", "See `tokenwise methods`."))
     if normalize not in get_args(Normalize):
         raise InputError(
             Problem("normalize", f"{normalize!r} is not known.", nearest(str(normalize), get_args(Normalize)))
         )
+    if isinstance(method, Objective) and normalize != "none":
+        message = f"{normalize!r} does not fit {type(method).__name__}, whose terms have denominators of their own."
+        raise InputError(Problem("normalize", message, "Leave it out."))
     if isinstance(target, Trainer):
         check_trainer(target, method, normalize)
         assert target.model is not None
@@ -92,7 +96,7 @@ def weigh(
 
 def _weigh_model(
     target: nn.Module,
-    method: TokenWeighter,
+    method: TokenWeighter | Objective,
     seed: int,
     rank: int,
     low_memory: bool,
@@ -102,10 +106,16 @@ def _weigh_model(
 ) -> Weighing:
     model = base_of(target)
     check_model(model, router_loss)
-    state = method.start(Run(seed=seed, rank=rank, device=model.device))
-    reference = load_reference(model, method, tokenizer)
-    forward = WeightedForward(model, method, state, reference, low_memory, normalize)
-    handle = Weighing(forward)
+    forward: WeightedForward | ObjectiveForward
+    handle: Weighing
+    if isinstance(method, Objective):
+        forward = ObjectiveForward(model, method, load_frozen(target, model, method), low_memory)
+        handle = ObjectiveWeighing(forward)
+    else:
+        state = method.start(Run(seed=seed, rank=rank, device=model.device))
+        reference = load_reference(model, method, tokenizer)
+        forward = WeightedForward(model, method, state, reference, low_memory, normalize)
+        handle = Weighing(forward)
     forward.observe = handle.observe
     original = model.forward
     active = True
@@ -169,7 +179,7 @@ def check_model(model: Any, router_loss: bool = False) -> None:
 def weighted_loss(
     model: PreTrainedModel,
     batch: Mapping[str, Any],
-    method: TokenWeighter,
+    method: TokenWeighter | Objective,
     *,
     state: State | None = None,
     low_memory: bool = False,
@@ -198,7 +208,16 @@ def weighted_loss(
         raise InputError(
             Problem("batch.labels", "is missing.", "Give labels [batch, tokens], -100 where there is none.")
         )
-    loss = WeightedForward(model, method, state, low_memory=low_memory)(**batch).loss
+    forward: WeightedForward | ObjectiveForward
+    if isinstance(method, Objective):
+        if method.needs_reference():
+            raise InputError(
+                Problem("method", f"{type(method).__name__} reads a reference model, which is not here.", "Use weigh.")
+            )
+        forward = ObjectiveForward(model, method, None, low_memory)
+    else:
+        forward = WeightedForward(model, method, state, low_memory=low_memory)
+    loss = forward(**batch).loss
     assert loss is not None
     return loss
 

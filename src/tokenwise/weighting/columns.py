@@ -25,6 +25,7 @@ from tokenwise.models.patch import replace_attribute
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import TokenWeighter
 from tokenwise.weighting.forward import COLUMNS
+from tokenwise.weighting.objective import Objective
 from tokenwise.weighting.weighing import Weighing
 
 _ROWS_AT_ONCE = 1000
@@ -45,7 +46,7 @@ class TrainingColumns:
         InputError: naming the column, the row, the value and the fix.
     """
 
-    def __init__(self, trainer: Trainer, method: TokenWeighter):
+    def __init__(self, trainer: Trainer, method: TokenWeighter | Objective):
         self.trainer = trainer
         self.names = sorted(method.reads & set(COLUMNS))
         self.known = _is_known(trainer.data_collator)

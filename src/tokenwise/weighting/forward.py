@@ -19,7 +19,7 @@ from tokenwise.weighting.base import Normalize, PointwiseWeighter, State, TokenB
 from tokenwise.weighting.fused_output import fused_output, load_balancing_loss
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
-COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask")
+COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask", "forget")
 """What a batch may carry beside the model's own inputs: [batch, tokens], index t speaks of label t."""
 
 _WHOLE_NUMBERS = ("sample_id", "completion_mask")

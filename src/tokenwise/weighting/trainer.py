@@ -19,13 +19,14 @@ from tokenwise.weighting.base import Normalize, TokenBatch, TokenWeighter
 from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.diagnostics import log_weights
 from tokenwise.weighting.forward import COLUMNS, owns_denominator
+from tokenwise.weighting.objective import Objective, ObjectiveForward
 from tokenwise.weighting.sft_trainer import is_sft_trainer, sft_trainer_problems
 from tokenwise.weighting.weighing import Weighing
 
 _STATE = "tokenwise_state"
 
 
-def check_trainer(trainer: Trainer, method: TokenWeighter, normalize: Normalize = "none") -> None:
+def check_trainer(trainer: Trainer, method: TokenWeighter | Objective, normalize: Normalize = "none") -> None:
     """Refuse settings under which the weighted loss would be wrong or ignored.
 
     Raises:
@@ -33,7 +34,16 @@ def check_trainer(trainer: Trainer, method: TokenWeighter, normalize: Normalize 
     """
     args = trainer.args
     found = []
-    if is_sft_trainer(trainer):
+    if isinstance(method, Objective) and any(base.__module__.startswith("trl.") for base in type(trainer).__mro__):
+        found.append(
+            Problem(
+                "trainer",
+                f"{type(trainer).__name__} makes its loss from weighted tokens, {type(method).__name__} from terms.",
+                "Use transformers' Trainer.",
+            )
+        )
+    elif is_sft_trainer(trainer):
+        assert isinstance(method, TokenWeighter)
         found += sft_trainer_problems(trainer, method, normalize)
     elif any(base.__module__.startswith("trl.") for base in type(trainer).__mro__):
         found.append(
@@ -55,7 +65,11 @@ def check_trainer(trainer: Trainer, method: TokenWeighter, normalize: Normalize 
         found.append(
             Problem("args.n_gpu", f"{args.n_gpu} GPUs in one process use nn.DataParallel.", "Start with torchrun.")
         )
-    if owns_denominator(method, normalize) or getattr(method, "scope", None) == "step":
+    if isinstance(method, Objective):
+        if args.world_size > 1 and not args.average_tokens_across_devices:
+            message = f"is off, but {type(method).__name__} divides by counts of the whole optimizer step."
+            found.append(Problem("args.average_tokens_across_devices", message, "Set it to True."))
+    elif owns_denominator(method, normalize) or getattr(method, "scope", None) == "step":
         reason = f"{type(method).__name__} divides by a number only known at the end of the optimizer step"
         if trainer.is_deepspeed_enabled:
             found.append(Problem("args.deepspeed", f"{reason}, and DeepSpeed owns the gradients.", "Use FSDP or DDP."))
@@ -88,6 +102,8 @@ def connect(trainer: Trainer, handle: Weighing, columns: TrainingColumns) -> Non
             )
         returned.clear()
         forward.step, forward.pending = trainer.state.global_step, None
+        if isinstance(forward, ObjectiveForward):
+            forward.begin_step(samples)
         forward.whole_step = len(samples) == 1 and trainer.args.world_size == 1
         if getattr(method, "scope", None) == "step" and not forward.whole_step:
             _decide_whole_step(trainer, handle, samples)

@@ -1,0 +1,139 @@
+"""Losses of whole rows of logits, fused with the output head: made tile by tile, logits never held whole."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenwise.signals.head import OutputHead, row_tiles, tile_rows
+from tokenwise.signals.products import SumOfProducts, multiply
+from tokenwise.weighting.base import TokenBatch
+from tokenwise.weighting.loss import _slice, _WeightedSum
+
+States = tuple[Tensor, OutputHead]
+"""Hidden states [positions, hidden] and the head that reads them."""
+
+
+class LogitObjective(ABC):
+    """A loss of each token that depends on more of its logits than the label's probability."""
+
+    @abstractmethod
+    def tile(self, logits: Tensor, batch: TokenBatch, reference_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The losses of some rows, and their gradient.
+
+        Args:
+            logits: after scale and soft cap, [rows, vocabulary], fp32 or fp64; may be overwritten.
+            batch: the tokens of these rows.
+            reference_logits: of the reference model, [rows, vocabulary]; None where there is no reference.
+
+        Returns:
+            Losses [rows], and the gradient of their sum with respect to `logits` [rows, vocabulary].
+        """
+
+
+def logit_sum(
+    hidden: Tensor,
+    head: OutputHead,
+    rows: Tensor,
+    batch: TokenBatch,
+    objective: LogitObjective,
+    reference: States | None = None,
+    *,
+    low_memory: bool = False,
+) -> Tensor:
+    """Sum of a logit objective over the labelled tokens, with its gradients made on the way.
+
+    Args:
+        hidden: [positions, hidden].
+        head: the output head.
+        rows: position of each labelled token, [tokens], int64.
+        batch: these tokens.
+        objective: the loss.
+        reference: hidden states of the reference model at the same positions, and its head.
+        low_memory: use tiles of a third of the size, and no second copy of the weight's gradient.
+
+    Returns:
+        A scalar (fp32, or fp64 for fp64 inputs); a differentiable zero where there is no token. `backward` runs once.
+    """
+    total: Tensor = _LogitSum.apply(
+        hidden, head.weight, head.bias, head, rows, batch, objective, reference, low_memory, torch.is_grad_enabled()
+    )
+    return total
+
+
+class _LogitSum(_WeightedSum):
+    """As the weighted sum, whose backward it shares; the gradient of a tile comes from the objective."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: OutputHead,
+        rows: Tensor,
+        batch: TokenBatch,
+        objective: LogitObjective,
+        reference: States | None,
+        low_memory: bool,
+        wants_gradients: bool,
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
+        dtype = head.compute_dtype(hidden)
+        wide = torch.promote_types(dtype, torch.float32)
+        device, count = hidden.device, rows.shape[0]
+        factors = weight.detach().to(dtype)
+        theirs = None if reference is None else reference[1].weight.detach().to(dtype)
+
+        size = min(tile_rows(head.vocabulary, low_memory), count)
+        tile = torch.empty(size, head.vocabulary, dtype=wide, device=device)
+        reference_tile = None if reference is None else torch.empty_like(tile)
+        total = torch.zeros((), dtype=wide, device=device)
+        hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
+        bias_gradient = torch.zeros(head.vocabulary, dtype=wide, device=device) if needs_bias else None
+        weight_gradient = None
+        if needs_weight:
+            weight_gradient = SumOfProducts(*weight.shape, rows=size, dtype=wide, device=device, low_memory=low_memory)
+
+        with torch.autocast(device.type, enabled=False):
+            for part in row_tiles(count, size):
+                chosen = hidden.index_select(0, rows[part]).to(dtype)
+                logits = head.tile_of_logits(chosen, factors, tile[: chosen.shape[0]])
+                reference_logits = None
+                if reference is not None:
+                    states, reference_head = reference
+                    seen = states.index_select(0, rows[part]).to(dtype)
+                    assert theirs is not None
+                    assert reference_tile is not None
+                    reference_logits = reference_head.tile_of_logits(seen, theirs, reference_tile[: seen.shape[0]])
+                cap_slope = None
+                if head.softcap is not None:
+                    cap_slope = (logits / head.softcap).square_().neg_().add_(1)
+                values, gradient = objective.tile(logits, _slice(batch, part), reference_logits)
+                total += values.sum()
+                # From here on the tile holds d total / d (h @ weight.T + bias).
+                if cap_slope is not None:
+                    gradient = gradient.mul_(cap_slope)
+                if head.logit_scale != 1.0:
+                    gradient = gradient.mul_(head.logit_scale)
+                narrow = gradient.to(dtype)
+                if hidden_gradient is not None:
+                    product = multiply(narrow, factors.t(), dtype)
+                    hidden_gradient.index_copy_(0, rows[part], product.to(hidden.dtype))
+                if weight_gradient is not None:
+                    weight_gradient.add(narrow, chosen)
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(0)
+                # Where the product allocates, two tiles would live at once.
+                del logits, reference_logits, gradient, narrow
+
+        ctx.gradients = (
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.total().to(weight.dtype),
+            None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
+        )
+        ctx.set_materialize_grads(False)
+        return total
