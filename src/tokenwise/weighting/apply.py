@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, Trainer
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.head import base_of, check_head, last_hidden
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.reference import ReferenceModel
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Run, State, TokenWeighter
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
@@ -60,8 +59,8 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
 def _weigh_model(target: nn.Module, method: TokenWeighter, seed: int, rank: int, low_memory: bool) -> Weighing:
     model = base_of(target)
     check_model(model)
-    state = method.start(Run(seed=seed, rank=rank, device=model.device))
-    forward = WeightedForward(model, method, state, load_reference(model, method), low_memory)
+    state = method.start(Run(seed=seed, rank=rank, device=model.device, model=model))
+    forward = WeightedForward(model, method, state, method.open_reference(model, state), low_memory)
     handle = Weighing(forward)
     forward.observe = handle.observe
     original = model.forward
@@ -162,7 +161,9 @@ def weighted_loss(
         raise InputError(
             Problem("batch.labels", "is missing.", "Give labels [batch, tokens], -100 where there is none.")
         )
-    loss = WeightedForward(model, method, state, low_memory=low_memory)(**batch).loss
+    # What needs no loading is here as it is under `weigh`.
+    reference = None if getattr(method, "reference", None) else method.open_reference(model, state)
+    loss = WeightedForward(model, method, state, reference, low_memory)(**batch).loss
     assert loss is not None
     return loss
 
@@ -202,19 +203,14 @@ def token_weights(
     was_training = model.training
     model.eval()
     try:
-        forward = WeightedForward(
-            model, method, method.start(Run(seed, device=model.device)), load_reference(model, method)
-        )
-        found = forward.weigh(last_hidden(model, input_ids=ids), shifted(ids, IGNORED), {}, (), {"input_ids": ids})
+        state = method.start(Run(seed, device=model.device, model=model))
+        forward = WeightedForward(model, method, state, method.open_reference(model, state))
+        # Every token of a text has a label, so none attends to a prompt.
+        columns = {"prompt_attention": torch.zeros(ids.shape, device=ids.device)}
+        found = forward.weigh(last_hidden(model, input_ids=ids), shifted(ids, IGNORED), columns, (), {"input_ids": ids})
     finally:
         model.train(was_training)
     return TokenWeights(
         weights=[None, *found.weights.tolist()],
         nll=[None, *(None if math.isnan(value) else value for value in found.nll.tolist())],
     )
-
-
-def load_reference(model: PreTrainedModel, method: TokenWeighter) -> ReferenceModel | None:
-    """The reference model that the method names, loaded; None for methods without one."""
-    path = getattr(method, "reference", None)
-    return None if path is None else ReferenceModel(path, model)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from tokenwise.method import Method
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 Scope = Literal["sequence", "micro_batch", "step"]
 """Within which tokens a policy ranks or normalises: one sequence, one micro-batch of one process, or the whole
@@ -40,6 +41,8 @@ class TokenBatch:
         reference_nll: as `nll`, under the method's reference model.
         loss_weights: the data's own column of weights, fp32.
         sample_id: which sample of the data set each token belongs to, int64, the same in every epoch.
+        prompt_attention: share of the last layer's attention that the token, as a query, pays to tokens without a
+            label before it, mean over heads, in [0, 1], fp32.
     """
 
     labels: Tensor
@@ -51,6 +54,7 @@ class TokenBatch:
     reference_nll: Tensor | None = None
     loss_weights: Tensor | None = None
     sample_id: Tensor | None = None
+    prompt_attention: Tensor | None = None
 
     def groups(self, scope: Scope) -> Tensor | None:
         """The group of each token under `scope`: its sequence, or None where all tokens here are one group.
@@ -80,11 +84,21 @@ class Run:
         seed: seed of the run.
         rank: index of this process among the data-parallel ones.
         device: where the model is.
+        model: the model in training.
     """
 
     seed: int = 0
     rank: int = 0
     device: torch.device | str = "cpu"
+    model: PreTrainedModel | None = None
+
+
+class Reference(Protocol):
+    """What gives `reference_nll` where the batch has no such column."""
+
+    def nll(self, rows: Tensor, labels: Tensor, *args: Any, **inputs: Any) -> Tensor:
+        """Negative log-likelihood of the labels at `rows` of the flattened batch, in nats: [tokens]."""
+        ...
 
 
 class TokenWeighter(Method):
@@ -107,6 +121,15 @@ class TokenWeighter(Method):
     def start(self, run: Run) -> State | None:
         """The state of a new run; None for methods that accumulate nothing."""
         return None
+
+    def open_reference(self, model: PreTrainedModel, state: State | None) -> Reference | None:
+        """What the model in training is measured against: by default the model that a field `reference` names."""
+        path = getattr(self, "reference", None)
+        if path is None:
+            return None
+        from tokenwise.models.reference import ReferenceModel
+
+        return ReferenceModel(path, model)
 
     @abstractmethod
     def weights(self, batch: TokenBatch, state: State | None) -> Tensor:

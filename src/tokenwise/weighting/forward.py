@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenwise.errors import InputError, Problem
+from tokenwise.models.attention import attention_to
 from tokenwise.models.head import last_hidden, output_head
-from tokenwise.models.reference import ReferenceModel
 from tokenwise.signals.head import IGNORED, token_statistics
-from tokenwise.weighting.base import PointwiseWeighter, State, TokenBatch, TokenWeighter
+from tokenwise.weighting.base import PointwiseWeighter, Reference, State, TokenBatch, TokenWeighter
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
 COLUMNS = ("loss_weights", "reference_nll", "sample_id")
@@ -66,7 +66,7 @@ class WeightedForward:
         model: PreTrainedModel,
         method: TokenWeighter,
         state: State | None,
-        reference: ReferenceModel | None = None,
+        reference: Reference | None = None,
         low_memory: bool = False,
     ):
         self.model = model
@@ -100,7 +100,11 @@ class WeightedForward:
         columns = {name: shifted(inputs.pop(name), 0) for name in COLUMNS if name in inputs}
         targets = shift_labels if labels is None else shifted(labels, IGNORED)
         assert targets is not None
-        hidden = last_hidden(self.model, *args, **inputs)
+        if "prompt_attention" in self.method.reads and token_weights is None:
+            unlabelled = None if labels is None else labels.eq(IGNORED)
+            hidden, columns["prompt_attention"] = self.hidden_and_prompt_attention(targets, unlabelled, args, inputs)
+        else:
+            hidden = last_hidden(self.model, *args, **inputs)
         if self.scored is not None:
             batch, rows = self._batch(targets, columns, args, inputs)
             self._score(hidden, batch, rows)
@@ -115,6 +119,31 @@ class WeightedForward:
             if self.method.reduction != "token_mean":
                 self.pending = result.denominator + (0 if self.pending is None else self.pending)
         return CausalLMOutputWithPast(loss=cast(Any, result.total / divisor.where(divisor != 0, 1.0)))
+
+    def hidden_and_prompt_attention(
+        self, targets: Tensor, unlabelled: Tensor | None, args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden states, and how much each label's own position attends to unlabelled ones, shifted like `targets`.
+
+        Args:
+            unlabelled: tokens that have no label of their own, [batch, tokens]; made from `targets` where None, which
+                counts the first token of a row as unlabelled.
+        """
+        labelled = targets.ne(IGNORED)
+        if labelled[:, -1].any():
+            raise InputError(
+                Problem(
+                    "shift_labels",
+                    "has labels in its last column, whose tokens the model does not read.",
+                    "Give labels that are not shifted; attention needs each label's own position.",
+                )
+            )
+        at_label = labelled.roll(1, dims=1)
+        counted = ~at_label if unlabelled is None else unlabelled
+        sequences = sequence_ids(targets, inputs.get("position_ids"))
+        with attention_to(self.model, at_label, counted, sequences, inputs.get("attention_mask")) as mass:
+            hidden = last_hidden(self.model, *args, **inputs)
+        return hidden, shifted(mass, 0)
 
     def weigh(
         self,
@@ -189,10 +218,10 @@ class WeightedForward:
         """The labelled tokens and their rows; `filled` with the columns and reference losses the method reads."""
         labels = targets.reshape(-1)
         rows = labels.ne(IGNORED).nonzero().squeeze(1)
-        ids = _sequence_ids(targets, inputs.get("position_ids")).reshape(-1)[rows]
+        ids = sequence_ids(targets, inputs.get("position_ids")).reshape(-1)[rows]
         names, sequence = torch.unique(ids, return_inverse=True)
         batch = TokenBatch(labels[rows], sequence, names.shape[0], self.step)
-        for name in self.method.reads & set(COLUMNS) if filled else ():
+        for name in self.method.reads & {*COLUMNS, "prompt_attention"} if filled else ():
             if name in columns:
                 values = columns[name].reshape(-1)[rows]
                 setattr(batch, name, values.long() if name == "sample_id" else values.float())
@@ -232,7 +261,7 @@ def _scaled(pointwise: Pointwise, per_sequence: Tensor) -> Pointwise:
     return scaled
 
 
-def _sequence_ids(targets: Tensor, position_ids: Tensor | None) -> Tensor:
+def sequence_ids(targets: Tensor, position_ids: Tensor | None) -> Tensor:
     """A different number for each sequence, rising along the flattened batch: [batch, tokens].
 
     A row is one sequence, unless positions say that several were packed into it: each time they do not count up.

@@ -45,6 +45,8 @@ def check_trainer(trainer: Trainer, method: TokenWeighter) -> None:
         found.append(
             Problem("args.n_gpu", f"{args.n_gpu} GPUs in one process use nn.DataParallel.", "Start with torchrun.")
         )
+    if hasattr(method, "decay") and trainer.is_fsdp_enabled:
+        found.append(Problem("args.fsdp", f"shards the parameters that {type(method).__name__} averages.", "Use DDP."))
     if method.reduction != "token_mean" or getattr(method, "scope", None) == "step":
         reason = f"{type(method).__name__} divides by a number only known at the end of the optimizer step"
         if trainer.is_deepspeed_enabled:
@@ -139,7 +141,7 @@ def _decide_whole_step(trainer: Trainer, handle: Weighing, samples: list[dict[st
         sample["token_weights"] = part
 
 
-_TENSORS = ("nll", "entropy", "reference_nll", "loss_weights", "sample_id")
+_TENSORS = ("nll", "entropy", "reference_nll", "loss_weights", "sample_id", "prompt_attention")
 
 
 def _join(batches: list[TokenBatch]) -> TokenBatch:
