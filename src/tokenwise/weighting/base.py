@@ -43,6 +43,8 @@ class TokenBatch:
         sample_id: which sample of the data set each token belongs to, int64, the same in every epoch.
         prompt_attention: share of the last layer's attention that the token, as a query, pays to tokens without a
             label before it, mean over heads, in [0, 1], fp32.
+        difference: 1 where the token's text differs from a similar one, -1 where it is the similar one's differing
+            token, 0 elsewhere, fp32.
     """
 
     labels: Tensor
@@ -55,6 +57,7 @@ class TokenBatch:
     loss_weights: Tensor | None = None
     sample_id: Tensor | None = None
     prompt_attention: Tensor | None = None
+    difference: Tensor | None = None
 
     def groups(self, scope: Scope) -> Tensor | None:
         """The group of each token under `scope`: its sequence, or None where all tokens here are one group.

@@ -18,7 +18,7 @@ from tokenwise.signals.head import IGNORED, token_statistics
 from tokenwise.weighting.base import PointwiseWeighter, Reference, State, TokenBatch, TokenWeighter
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
-COLUMNS = ("loss_weights", "reference_nll", "sample_id")
+COLUMNS = ("loss_weights", "reference_nll", "sample_id", "difference")
 """What a batch may carry beside the model's own inputs: [batch, tokens], index t speaks of label t."""
 
 

@@ -288,4 +288,5 @@ def _slice(batch: TokenBatch, part: slice) -> TokenBatch:
         loss_weights=None if batch.loss_weights is None else batch.loss_weights[part],
         sample_id=None if batch.sample_id is None else batch.sample_id[part],
         prompt_attention=None if batch.prompt_attention is None else batch.prompt_attention[part],
+        difference=None if batch.difference is None else batch.difference[part],
     )

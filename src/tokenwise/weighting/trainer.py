@@ -141,7 +141,7 @@ def _decide_whole_step(trainer: Trainer, handle: Weighing, samples: list[dict[st
         sample["token_weights"] = part
 
 
-_TENSORS = ("nll", "entropy", "reference_nll", "loss_weights", "sample_id", "prompt_attention")
+_TENSORS = ("nll", "entropy", "reference_nll", "loss_weights", "sample_id", "prompt_attention", "difference")
 
 
 def _join(batches: list[TokenBatch]) -> TokenBatch:
