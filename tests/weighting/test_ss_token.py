@@ -193,6 +193,14 @@ def test_previous_epoch_remembers_by_sample():
         state.exchange(7, torch.zeros(3))
 
 
+def test_sharded_parameters_cannot_be_averaged(tiny_llama, tmp_path, monkeypatch):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True)
+    trainer = Trainer(model=tiny_llama, args=arguments, train_dataset=rows_of(batches(4)))
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(InputError, match="shards the parameters that SsTokenAverage averages"):
+        tw.weigh(trainer, SsTokenAverage())
+
+
 def test_attention_needs_labels_that_the_model_reads(tiny_llama):
     tiny_llama.train()
     ids = torch.randint(1, 64, (1, 6))

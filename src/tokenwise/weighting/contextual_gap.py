@@ -25,6 +25,9 @@ class ContextualGap(TokenWeighter):
     The weight is the loss without the context minus the loss with it, between 0 and a ceiling, averaging to 1 in each
     sequence (uniform where the context helps nowhere). The losses without come from a second pass of the same model,
     or from the data.
+
+    With both losses from the model in training, a token that it predicts badly with the context has a small gap too,
+    and weighs little: the weights tell where the context is used, and do not teach its use from nothing.
     """
 
     card: ClassVar[Card] = Card(

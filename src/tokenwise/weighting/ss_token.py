@@ -50,6 +50,9 @@ class SsToken(_SsToken):
 
     The improvement (base model's loss minus the current one) is mapped to [0, 1] within each sequence; attention is
     the share of the last layer's that the token pays to tokens without a label. The top share of their mix trains.
+
+    A token that has got worse scores lowest, so what training harms is not repaired: take small steps from a trained
+    model, as the paper does with adapters; a small model trained hard forgets what is left out.
     """
 
     card: ClassVar[Card] = Card(
@@ -83,6 +86,8 @@ class SsTokenAverage(_SsToken):
         checked="the average in fp64; the paper names this history, its decay is ours",
         control="weighting/random",
     )
+
+    needs_whole_parameters: ClassVar[bool] = True
 
     decay: float = Field(0.99, ge=0, lt=1)
     """Share of the average that stays in each optimizer step."""

@@ -45,7 +45,7 @@ def check_trainer(trainer: Trainer, method: TokenWeighter) -> None:
         found.append(
             Problem("args.n_gpu", f"{args.n_gpu} GPUs in one process use nn.DataParallel.", "Start with torchrun.")
         )
-    if hasattr(method, "decay") and trainer.is_fsdp_enabled:
+    if getattr(method, "needs_whole_parameters", False) and trainer.is_fsdp_enabled:
         found.append(Problem("args.fsdp", f"shards the parameters that {type(method).__name__} averages.", "Use DDP."))
     if method.reduction != "token_mean" or getattr(method, "scope", None) == "step":
         reason = f"{type(method).__name__} divides by a number only known at the end of the optimizer step"
