@@ -13,7 +13,7 @@ from tokenwise.errors import InputError
 from tokenwise.models.load import load_model, train_tokenizer
 from tokenwise.models.reference import ReferenceModel
 from tokenwise.scores import StoredReference
-from tokenwise.weighting.apply import load_reference
+from tokenwise.scores.reference import open_reference
 
 LENGTHS = (12, 7, 9, 12)
 FP16 = {"rtol": 2**-11, "atol": 2e-5}
@@ -108,8 +108,8 @@ def test_training_with_a_store_is_training_with_the_model(
 
 
 def test_a_model_directory_is_still_a_model(tiny_llama, reference_directory, folder):
-    assert isinstance(load_reference(tiny_llama, tw.ExcessLoss(reference=reference_directory)), ReferenceModel)
-    assert isinstance(load_reference(tiny_llama, tw.ExcessLoss(reference=folder)), StoredReference)
+    assert isinstance(open_reference(reference_directory, tiny_llama), ReferenceModel)
+    assert isinstance(open_reference(str(folder), tiny_llama), StoredReference)
 
 
 def test_what_has_no_stored_score_is_refused(tiny_llama, rows, folder):

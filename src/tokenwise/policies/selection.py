@@ -53,3 +53,15 @@ def _top(scores: Tensor, count: Callable[[int], int], groups: Tensor | None) -> 
     rank = torch.arange(scores.shape[0], device=scores.device) - starts[groups[order]]
     mask[order[rank < limits[groups[order]]]] = True
     return mask
+
+
+def top_ceiling(scores: Tensor, keep: float, groups: Tensor | None = None) -> Tensor:
+    """A mask of the ``ceil(keep * n)`` units with the largest scores of each group of n.
+
+    Args:
+        scores: [units]; larger matters more.
+        keep: a share in (0, 1].
+        groups: as in `top_share`.
+    """
+    # The small number takes back what the product's rounding adds: 0.7 * 10 is a little more than 7.
+    return _top(scores, lambda available: math.ceil(keep * available - 1e-9), groups)

@@ -9,10 +9,23 @@ from torch import Tensor
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.head import output_head
+from tokenwise.models.reference import Reference, ReferenceModel
+from tokenwise.scores.layout import is_store
 from tokenwise.scores.store import ScoreStore, _array, _batch_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def open_reference(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Reference:
+    """The reference at `path`: a folder of token scores, or a model, which is loaded.
+
+    Args:
+        path: a folder of token scores, a model's local directory, or a hub id.
+        model: the model in training.
+        tokenizer: what tokenises the training data, where it is known; scores made with another one are refused.
+    """
+    return StoredReference(path, model, tokenizer) if is_store(path) else ReferenceModel(path, model)
 
 
 class StoredReference:

@@ -14,9 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models.head import base_of, check_head, last_hidden
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.reference import Reference, ReferenceModel
-from tokenwise.scores.layout import is_store
-from tokenwise.scores.reference import StoredReference
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Normalize, Run, State, TokenWeighter
 from tokenwise.weighting.columns import TrainingColumns
@@ -112,8 +109,8 @@ def _weigh_model(
         forward = ObjectiveForward(model, method, load_frozen(target, model, method), low_memory)
         handle = ObjectiveWeighing(forward)
     else:
-        state = method.start(Run(seed=seed, rank=rank, device=model.device))
-        reference = load_reference(model, method, tokenizer)
+        state = method.start(Run(seed=seed, rank=rank, device=model.device, model=model))
+        reference = method.open_reference(model, state, tokenizer)
         forward = WeightedForward(model, method, state, reference, low_memory, normalize)
         handle = Weighing(forward)
     forward.observe = handle.observe
@@ -216,7 +213,9 @@ def weighted_loss(
             )
         forward = ObjectiveForward(model, method, None, low_memory)
     else:
-        forward = WeightedForward(model, method, state, low_memory=low_memory)
+        # What needs no loading is here as it is under `weigh`.
+        reference = None if getattr(method, "reference", None) else method.open_reference(model, state)
+        forward = WeightedForward(model, method, state, reference, low_memory)
     loss = forward(**batch).loss
     assert loss is not None
     return loss
@@ -257,29 +256,14 @@ def token_weights(
     was_training = model.training
     model.eval()
     try:
-        forward = WeightedForward(
-            model, method, method.start(Run(seed, device=model.device)), load_reference(model, method)
-        )
-        found = forward.weigh(last_hidden(model, input_ids=ids), shifted(ids, IGNORED), {}, (), {"input_ids": ids})
+        state = method.start(Run(seed, device=model.device, model=model))
+        forward = WeightedForward(model, method, state, method.open_reference(model, state))
+        # Every token of a text has a label, so none attends to a prompt.
+        columns = {"prompt_attention": torch.zeros(ids.shape, device=ids.device)}
+        found = forward.weigh(last_hidden(model, input_ids=ids), shifted(ids, IGNORED), columns, (), {"input_ids": ids})
     finally:
         model.train(was_training)
     return TokenWeights(
         weights=[None, *found.weights.tolist()],
         nll=[None, *(None if math.isnan(value) else value for value in found.nll.tolist())],
     )
-
-
-def load_reference(
-    model: PreTrainedModel, method: TokenWeighter, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Reference | None:
-    """The reference that the method names, a model or a folder of token scores; None for methods without one.
-
-    Args:
-        model: the model in training.
-        method: the method.
-        tokenizer: what tokenises the training data, where it is known; scores made with another one are refused.
-    """
-    path = getattr(method, "reference", None)
-    if path is None:
-        return None
-    return StoredReference(path, model, tokenizer) if is_store(path) else ReferenceModel(path, model)

@@ -11,6 +11,9 @@ from tokenwise.method import Method
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tokenwise.models.reference import Reference
 
 Scope = Literal["sequence", "micro_batch", "step"]
 """Within which tokens a policy ranks or normalises: one sequence, one micro-batch of one process, or the whole
@@ -47,6 +50,10 @@ class TokenBatch:
         top_entropy: as `entropy`, of the 20 likeliest next tokens alone.
         base_nll: as `nll`, under the model that training started from.
         completion_mask: 1 for tokens of a completion, 0 for tokens of its prompt, int64.
+        prompt_attention: share of the last layer's attention that the token, as a query, pays to tokens without a
+            label before it, mean over heads, in [0, 1], fp32.
+        difference: 1 where the token's text differs from a similar one, -1 where it is the similar one's differing
+            token, 0 elsewhere, fp32.
     """
 
     labels: Tensor
@@ -61,6 +68,8 @@ class TokenBatch:
     top_entropy: Tensor | None = None
     base_nll: Tensor | None = None
     completion_mask: Tensor | None = None
+    prompt_attention: Tensor | None = None
+    difference: Tensor | None = None
 
     def groups(self, scope: Scope) -> Tensor | None:
         """The group of each token under `scope`: its sequence, or None where all tokens here are one group.
@@ -90,11 +99,13 @@ class Run:
         seed: seed of the run.
         rank: index of this process among the data-parallel ones.
         device: where the model is.
+        model: the model in training.
     """
 
     seed: int = 0
     rank: int = 0
     device: torch.device | str = "cpu"
+    model: PreTrainedModel | None = None
 
 
 class TokenWeighter(Method):
@@ -121,6 +132,24 @@ class TokenWeighter(Method):
     def start(self, run: Run) -> State | None:
         """The state of a new run; None for methods that accumulate nothing."""
         return None
+
+    def open_reference(
+        self, model: PreTrainedModel, state: State | None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Reference | None:
+        """What the model in training is measured against: by default what a field `reference` names, a model or a
+        folder of token scores.
+
+        Args:
+            model: the model in training.
+            state: what `start` gave.
+            tokenizer: what tokenises the training data, where it is known; scores made with another one are refused.
+        """
+        path = getattr(self, "reference", None)
+        if path is None:
+            return None
+        from tokenwise.scores.reference import open_reference
+
+        return open_reference(path, model, tokenizer)
 
     @abstractmethod
     def weights(self, batch: TokenBatch, state: State | None) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tokenwise.errors import InputError, Problem
+from tokenwise.models.attention import attention_to
 from tokenwise.models.head import output_head, run_backbone
 from tokenwise.models.reference import Reference
 from tokenwise.signals.head import IGNORED, STATISTICS, TokenStatistics, token_statistics
@@ -19,7 +20,7 @@ from tokenwise.weighting.base import Normalize, PointwiseWeighter, State, TokenB
 from tokenwise.weighting.fused_output import fused_output, load_balancing_loss
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 
-COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask", "forget")
+COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask", "forget", "difference")
 """What a batch may carry beside the model's own inputs: [batch, tokens], index t speaks of label t."""
 
 _WHOLE_NUMBERS = ("sample_id", "completion_mask")
@@ -127,7 +128,11 @@ class WeightedForward:
         columns = {name: shifted(inputs.pop(name), 0) for name in COLUMNS if name in inputs}
         targets = shift_labels if labels is None else shifted(labels, IGNORED)
         assert targets is not None
-        outputs = run_backbone(self.model, *args, **inputs)
+        if "prompt_attention" in self.method.reads and token_weights is None:
+            unlabelled = None if labels is None else labels.eq(IGNORED)
+            outputs, columns["prompt_attention"] = self.run_with_prompt_attention(targets, unlabelled, args, inputs)
+        else:
+            outputs = run_backbone(self.model, *args, **inputs)
         hidden = outputs.last_hidden_state
         if self.scored is not None:
             batch, rows = self._batch(targets, columns, args, inputs)
@@ -150,6 +155,31 @@ class WeightedForward:
             aux_loss = load_balancing_loss(self.model, outputs, inputs)
             return fused_output(result, targets, count / divisor, labels is None, aux_loss)
         return CausalLMOutputWithPast(loss=cast(Any, result.total / divisor))
+
+    def run_with_prompt_attention(
+        self, targets: Tensor, unlabelled: Tensor | None, args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> tuple[Any, Tensor]:
+        """The backbone's outputs, and how much each label's own position attends to unlabelled ones, shifted too.
+
+        Args:
+            unlabelled: tokens that have no label of their own, [batch, tokens]; made from `targets` where None, which
+                counts the first token of a row as unlabelled.
+        """
+        labelled = targets.ne(IGNORED)
+        if labelled[:, -1].any():
+            raise InputError(
+                Problem(
+                    "shift_labels",
+                    "has labels in its last column, whose tokens the model does not read.",
+                    "Give labels that are not shifted; attention needs each label's own position.",
+                )
+            )
+        at_label = labelled.roll(1, dims=1)
+        counted = ~at_label if unlabelled is None else unlabelled
+        sequences = sequence_ids(targets, inputs.get("position_ids"))
+        with attention_to(self.model, at_label, counted, sequences, inputs.get("attention_mask")) as mass:
+            outputs = run_backbone(self.model, *args, **inputs)
+        return outputs, shifted(mass, 0)
 
     def weigh(
         self,
@@ -245,10 +275,10 @@ class WeightedForward:
         """The labelled tokens and their rows; `filled` with the columns and reference losses the method reads."""
         labels = targets.reshape(-1)
         rows = labels.ne(IGNORED).nonzero().squeeze(1)
-        ids = _sequence_ids(targets, inputs.get("position_ids")).reshape(-1)[rows]
+        ids = sequence_ids(targets, inputs.get("position_ids")).reshape(-1)[rows]
         names, sequence = torch.unique(ids, return_inverse=True)
         batch = TokenBatch(labels[rows], sequence, names.shape[0], self.step)
-        for name in self.method.reads & set(COLUMNS) if filled else ():
+        for name in self.method.reads & {*COLUMNS, "prompt_attention"} if filled else ():
             if name in columns:
                 values = columns[name].reshape(-1)[rows]
                 setattr(batch, name, values.long() if name in _WHOLE_NUMBERS else values.float())
@@ -293,7 +323,7 @@ def _scaled(pointwise: Pointwise, per_sequence: Tensor) -> Pointwise:
     return scaled
 
 
-def _sequence_ids(targets: Tensor, position_ids: Tensor | None) -> Tensor:
+def sequence_ids(targets: Tensor, position_ids: Tensor | None) -> Tensor:
     """A different number for each sequence, rising along the flattened batch: [batch, tokens].
 
     A row is one sequence, unless positions say that several were packed into it: each time they do not count up.

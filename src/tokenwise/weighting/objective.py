@@ -18,7 +18,7 @@ from tokenwise.models.frozen import FrozenStates
 from tokenwise.models.head import last_hidden, output_head
 from tokenwise.signals.head import IGNORED, token_statistics
 from tokenwise.weighting.base import TokenBatch
-from tokenwise.weighting.forward import COLUMNS, _sequence_ids, shifted
+from tokenwise.weighting.forward import COLUMNS, sequence_ids, shifted
 from tokenwise.weighting.logit_objective import LogitObjective, States, logit_sum
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 from tokenwise.weighting.weighing import Weighing
@@ -176,7 +176,7 @@ class ObjectiveForward:
             forget = columns["forget"].to(targets.device) != 0
             chosen = chosen & (forget if term.tokens == "forget" else ~forget)
         rows = chosen.reshape(-1).nonzero().squeeze(1)
-        ids = _sequence_ids(targets, position_ids).to(targets.device).reshape(-1)[rows]
+        ids = sequence_ids(targets, position_ids).to(targets.device).reshape(-1)[rows]
         _, sequence = torch.unique(ids, return_inverse=True)
         if term.skip:
             lengths = torch.bincount(sequence)

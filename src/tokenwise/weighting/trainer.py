@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenwise.models.patch import replace_attribute
 from tokenwise.weighting.base import Normalize, TokenBatch, TokenWeighter
 from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.diagnostics import log_weights
-from tokenwise.weighting.forward import COLUMNS, owns_denominator
+from tokenwise.weighting.forward import owns_denominator
 from tokenwise.weighting.objective import Objective, ObjectiveForward
 from tokenwise.weighting.sft_trainer import is_sft_trainer, sft_trainer_problems
 from tokenwise.weighting.weighing import Weighing
@@ -65,6 +66,8 @@ def check_trainer(trainer: Trainer, method: TokenWeighter | Objective, normalize
         found.append(
             Problem("args.n_gpu", f"{args.n_gpu} GPUs in one process use nn.DataParallel.", "Start with torchrun.")
         )
+    if getattr(method, "needs_whole_parameters", False) and trainer.is_fsdp_enabled:
+        found.append(Problem("args.fsdp", f"shards the parameters that {type(method).__name__} averages.", "Use DDP."))
     if isinstance(method, Objective):
         if args.world_size > 1 and not args.average_tokens_across_devices:
             message = f"is off, but {type(method).__name__} divides by counts of the whole optimizer step."
@@ -166,7 +169,7 @@ def _decide_whole_step(trainer: Trainer, handle: Weighing, samples: list[dict[st
         sample["token_weights"] = part
 
 
-_TENSORS = ("nll", "entropy", "top_entropy", *COLUMNS)
+_TENSORS = tuple(field.name for field in fields(TokenBatch) if field.default is None)
 
 
 def _join(batches: list[TokenBatch]) -> TokenBatch:
