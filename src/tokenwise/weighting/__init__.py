@@ -6,6 +6,9 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "ClassBatch": "classification",
+    "ClassObjective": "classification",
+    "ClassWeighing": "class_training",
     "PointwiseWeighter": "base",
     "Run": "base",
     "State": "base",
@@ -13,6 +16,7 @@ _PUBLIC = {
     "TokenWeighter": "base",
     "TokenWeights": "apply",
     "Weighing": "weighing",
+    "align_new_rows": "weight_aligning",
     "token_weights": "apply",
     "weigh": "apply",
     "weighted_linear_cross_entropy": "loss",

@@ -18,6 +18,8 @@ from tokenwise.models.patch import replace_attribute
 from tokenwise.models.reference import ReferenceModel
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Run, State, TokenWeighter
+from tokenwise.weighting.class_training import weigh_classes
+from tokenwise.weighting.classification import ClassObjective
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
 from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing
@@ -26,7 +28,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, low_memory: bool = False) -> Weighing:
+def weigh(
+    target: Trainer | nn.Module,
+    method: TokenWeighter | ClassObjective,
+    *,
+    seed: int = 0,
+    low_memory: bool = False,
+) -> Weighing:
     """Train with weighted tokens: from now on the model's loss while training is the method's.
 
     Patches `forward` on the model's instance (in evaluation mode it does what it always did), so that data
@@ -35,7 +43,8 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
 
     Args:
         target: a transformers Trainer, or a causal language model for a loop of your own. In a loop with gradient
-            accumulation pass ``num_items_in_batch`` to the model, and call `Weighing.correct_gradients`.
+            accumulation pass ``num_items_in_batch`` to the model, and call `Weighing.correct_gradients`. For a
+            `ClassObjective` the model is a classifier, and the handle a `ClassWeighing`.
         method: the method.
         seed: seed of the method's own draws; on a Trainer its `args.seed` is used.
         low_memory: use a third of the tile in which logits exist.
@@ -46,6 +55,8 @@ def weigh(target: Trainer | nn.Module, method: TokenWeighter, *, seed: int = 0, 
     Raises:
         InputError: when the model or the trainer's settings cannot work with it, before anything is patched.
     """
+    if isinstance(method, ClassObjective):
+        return weigh_classes(target, method, seed)
     if not isinstance(method, TokenWeighter):
         raise InputError(Problem("method", f"{method!r} is no weighting method.", "See `tokenwise methods`."))
     if isinstance(target, Trainer):
