@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tokenwise.method import Card, Paper
 from tokenwise.policies.weights import mean_one
@@ -122,16 +121,23 @@ class Storm(ClassObjective):
         draws = torch.rand((self.passes, *features.shape), generator=state.generator).to(features.device)
         dropped = features * (draws >= self.dropout) / (1 - self.dropout)
         seen = F.linear(dropped, **head).softmax(-1)
-        spread = seen.gather(2, labels.expand(self.passes, -1).unsqueeze(2)).squeeze(2).std(0)
+        seen = seen.gather(2, labels.expand(self.passes, -1).unsqueeze(2)).squeeze(2)
+        spread = (seen - seen.mean(0)).square().mean(0).sqrt()
         return label_statistics(F.linear(features, **head), labels, spread)
 
     def _improve(
         self, features: Tensor, labels: Tensor, statistics: Tensor, head: dict[str, Tensor], state: StormState
     ) -> None:
         """One step of the weighting network along the meta-gradient, averaged over the processes."""
+        assert state.previous is not None
+        earlier, earlier_labels = state.previous
         state.optimizer.zero_grad()
         with torch.enable_grad():
-            self.meta_loss(features, labels, statistics, head, state).backward()
+            ahead = self.look_one_step_ahead(features, labels, state.weights(statistics), head)
+            seen = {name: tensor.detach() for name, tensor in ahead.items()}
+            judged = state.weights(self._statistics(earlier, earlier_labels, seen, state))
+            # The gradient reaches the network through that step, and through the weights of the loss itself.
+            (judged * _nll(ahead, earlier, earlier_labels)).mean().backward()
         for parameter in state.rescaler.parameters():
             assert parameter.grad is not None
             if torch.distributed.is_initialized():
@@ -139,23 +145,24 @@ class Storm(ClassObjective):
                 parameter.grad /= torch.distributed.get_world_size()
         state.optimizer.step()
 
-    def meta_loss(
-        self, features: Tensor, labels: Tensor, statistics: Tensor, head: dict[str, Tensor], state: StormState
-    ) -> Tensor:
-        """The weighted loss of the micro-batch before, after one step of the head in thought; a scalar.
+    def look_one_step_ahead(
+        self, features: Tensor, labels: Tensor, weights: Tensor, head: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The head after one step of gradient descent on the weighted loss, as a differentiable function of `weights`.
 
-        Its gradient reaches the weighting network through that step, and through the weights of the loss itself.
+        Args:
+            features: the head's input, [examples, hidden].
+            labels: [examples].
+            weights: [examples].
+            head: ``weight`` [classes, hidden] and perhaps ``bias`` [classes].
         """
-        assert state.previous is not None
-        earlier, earlier_labels = state.previous
-        layer = nn.Linear(features.shape[1], head["weight"].shape[0], "bias" in head, device="meta")
         start = {name: tensor.detach().requires_grad_() for name, tensor in head.items()}
-        nll = F.cross_entropy(functional_call(layer, start, (features,)), labels, reduction="none")
-        inner = (state.weights(statistics) * nll).sum() / max(labels.shape[0], 1)
-        slopes = torch.autograd.grad(inner, list(start.values()), create_graph=True)
-        ahead = {
+        loss = (weights * _nll(start, features, labels)).sum() / max(labels.shape[0], 1)
+        slopes = torch.autograd.grad(loss, list(start.values()), create_graph=True)
+        return {
             name: tensor - self.look_ahead * slope for (name, tensor), slope in zip(start.items(), slopes, strict=True)
         }
-        judged = self._statistics(earlier, earlier_labels, {name: t.detach() for name, t in ahead.items()}, state)
-        after = F.cross_entropy(functional_call(layer, ahead, (earlier,)), earlier_labels, reduction="none")
-        return (state.weights(judged) * after).mean()
+
+
+def _nll(head: dict[str, Tensor], features: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(features, **head), labels, reduction="none")
