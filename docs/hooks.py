@@ -1,6 +1,6 @@
 """Fills the pages' lists of methods from the catalog, so that they cannot go stale.
 
-A page says where: ``<!-- methods: weighting -->`` becomes a table of the family, ``<!-- methods: weighting classes -->``
+A page says where: ``<!-- methods: weighting -->`` gives a table of the family, ``<!-- methods: weighting classes -->``
 of its kind "classes" alone, ``<!-- cards -->`` every card.
 """
 
