@@ -50,7 +50,7 @@ def loss(method, logits, labels=LABELS, counts=COUNTS, progress=0.0):
         # balanced-loss divides the sum over all entries by the number of positive labels, we by that of the entries.
         ("focal_sigmoid", ClassFocal(), MULTI, COUNTS, MULTI.numel() / MULTI.sum().item()),
         ("class_balanced_examples", ClassBalanced(divide_by="examples"), LABELS, COUNTS, 1),
-        ("class_balanced_weights", ClassBalanced(), LABELS, COUNTS, 1),
+        ("class_balanced_weights", ClassBalanced(divide_by="weights"), LABELS, COUNTS, 1),
         ("dice_batch", Dice(denominator="batch"), LABELS, COUNTS, 1),
         ("dice_batch_plain", Dice(denominator="batch", alpha=0.0, smoothing=1e-4), LABELS, COUNTS, 1),
         ("dice_square", Dice(), LABELS, COUNTS, 1),
@@ -149,3 +149,12 @@ def test_fields_are_checked():
     with pytest.raises(InputError, match=r"LDAM.counts"):
         LDAM(counts=[5, -1])
     assert LDAM(counts=[5, 1]).spec()["ldam"]["counts"] == [5, 1]
+
+
+def test_expected_weights_leave_a_step_without_rare_examples_small():
+    counts, labels = torch.tensor([99.0, 1.0], dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    batch = ClassBatch(torch.zeros(4, 2, dtype=torch.float64), labels, counts)
+    for divide_by, expected in (("expected_weights", 100 / 198), ("weights", 1.0), ("examples", 2 / 100)):
+        method = InverseFrequency(divide_by=divide_by)
+        found = method.losses(batch).sum() / method.divisors(labels, counts, 0.0).sum()
+        assert found.item() == pytest.approx(expected * torch.tensor(2.0).log().item())

@@ -126,7 +126,9 @@ def reference_loss(name, logits, labels):
     nll = F.cross_entropy(logits, labels, reduction="none")
     return {
         "uniform": lambda: nll.mean(),
+        # The data are one batch: what is expected of as many examples is what they have.
         "class_balanced": lambda: F.cross_entropy(logits, labels, balanced),
+        "class_balanced weights": lambda: F.cross_entropy(logits, labels, balanced),
         "class_balanced examples": lambda: (balanced / balanced.mean())[labels].mul(nll).mean(),
         "inverse_frequency": lambda: F.cross_entropy(logits, labels, 1 / counts),
         "ldam": lambda: F.cross_entropy(logits - F.one_hot(labels, 3) * margins, labels),
@@ -161,6 +163,7 @@ METHODS = {
     "uniform": ClassUniform(),
     "class_balanced": ClassBalanced(),
     "class_balanced examples": ClassBalanced(divide_by="examples"),
+    "class_balanced weights": ClassBalanced(divide_by="weights"),
     "inverse_frequency": InverseFrequency(),
     "ldam": LDAM(),
     "ldam late": LDAM(defer=0.0),

@@ -36,8 +36,10 @@ class _WeightedClasses(ClassObjective):
     reads: ClassVar[frozenset[str]] = frozenset({"counts"})
     reduction: ClassVar[str] = "weight_mean"
 
-    divide_by: Literal["weights", "examples"] = "weights"
-    """Divide by the sum of the weights, so that their scale does not matter, or by the number of examples."""
+    divide_by: Literal["expected_weights", "weights", "examples"] = "expected_weights"
+    """What the sum of a step's losses is divided by: the sum of the weights expected of as many examples
+    (``expected_weights``), the sum of their own (``weights``, as torch does; a step that has no rare example then moves
+    as far as one that has), or their number (``examples``, which makes the steps smaller)."""
     counts: Counts | None = None
     """Examples of each class in the training data; counted there unless given."""
 
@@ -53,7 +55,10 @@ class _WeightedClasses(ClassObjective):
         if self.divide_by == "examples":
             return super().divisors(labels, counts, progress)
         assert counts is not None
-        return per_class(self.class_weights(counts), labels)
+        weights = self.class_weights(counts)
+        if self.divide_by == "expected_weights":
+            return super().divisors(labels, counts, progress) * (weights @ counts / counts.sum()).item()
+        return per_class(weights, labels)
 
 
 class ClassBalanced(_WeightedClasses):
@@ -66,7 +71,7 @@ class ClassBalanced(_WeightedClasses):
         ),
         needs=("a label for each example",),
         status="VERIFIED",
-        checked="balanced-loss (divide_by: examples) and the weights of LDAM-DRW (divide_by: weights) on seeded inputs",
+        checked="balanced-loss (divide_by: examples) and LDAM-DRW (divide_by: weights) on seeded inputs",
     )  # fmt: skip
 
     beta: float = Field(0.9999, ge=0, lt=1)
