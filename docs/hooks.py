@@ -1,7 +1,8 @@
 """Fills the pages' lists of methods from the catalog, so that they cannot go stale.
 
-A page says where: ``<!-- methods: weighting -->`` becomes a table of the family, ``<!-- cards -->`` every card,
-``<!-- correctness -->`` the table that tests/weighting/correctness.py measures.
+A page says where: ``<!-- methods: weighting -->`` gives a table of the family, ``<!-- methods: weighting classes -->``
+of its kind "classes" alone, ``<!-- cards -->`` every card, ``<!-- correctness -->`` the table that
+tests/weighting/correctness.py measures.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs with each page's source."""
     entries = list(catalog.entries().values())
     markdown = re.sub(
-        r"<!-- methods: (\w+) -->",
-        lambda found: table([entry for entry in entries if entry["family"] == found[1]]),
+        r"<!-- methods: (\w+)(?: (\w+))? -->",
+        lambda found: table(
+            [
+                entry
+                for entry in entries
+                if entry["family"] == found[1] and found[2] in (None, entry["traits"].get("kind"))
+            ]
+        ),
         markdown,
     )
     markdown = markdown.replace("<!-- cards -->", "\n\n".join(card(entry) for entry in entries))

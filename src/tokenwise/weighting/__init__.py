@@ -6,9 +6,13 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "ClassBatch": "classification",
+    "ClassObjective": "classification",
+    "ClassWeighing": "class_training",
     "LogitObjective": "logit_objective",
     "Objective": "objective",
     "PointwiseWeighter": "base",
+    "Rule": "segments",
     "Run": "base",
     "State": "base",
     "TokenBatch": "base",
@@ -18,6 +22,8 @@ _PUBLIC = {
     "UnlearningCollator": "unlearning_data",
     "WeighMixin": "sft_trainer",
     "Weighing": "weighing",
+    "align_new_rows": "weight_aligning",
+    "fault_pair": "fault_aware",
     "fila_initialize": "fila",
     "load_masks": "parameter_masks",
     "mask_parameters": "parameter_masks",
@@ -25,6 +31,7 @@ _PUBLIC = {
     "read_examples": "unlearning_data",
     "recall": "unlearning_run",
     "save_masks": "parameter_masks",
+    "segment_weights": "segments",
     "token_weights": "apply",
     "unlearn": "unlearning_run",
     "weigh": "apply",

@@ -16,6 +16,8 @@ from tokenwise.models.head import base_of, check_head, last_hidden
 from tokenwise.models.patch import replace_attribute
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Normalize, Run, State, TokenWeighter
+from tokenwise.weighting.class_training import weigh_classes
+from tokenwise.weighting.classification import ClassObjective
 from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
 from tokenwise.weighting.objective import Objective, ObjectiveForward, ObjectiveWeighing, load_frozen
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 def weigh(
     target: Trainer | nn.Module,
-    method: TokenWeighter | Objective,
+    method: TokenWeighter | Objective | ClassObjective,
     *,
     seed: int = 0,
     low_memory: bool = False,
@@ -44,7 +46,8 @@ def weigh(
     Args:
         target: a transformers Trainer, TRL's SFTTrainer, or a causal language model for a loop of your own. In a
             loop with gradient accumulation pass ``num_items_in_batch`` to the model, and call
-            `Weighing.correct_gradients`.
+            `Weighing.correct_gradients`. For a `ClassObjective` the model is a classifier, and the handle a
+            `ClassWeighing`.
         method: the method.
         seed: seed of the method's own draws; on a Trainer its `args.seed` is used.
         low_memory: use a third of the tile in which logits exist.
@@ -59,6 +62,11 @@ def weigh(
     Raises:
         InputError: when the model or the trainer's settings cannot work with it, before anything is patched.
     """
+    if isinstance(method, ClassObjective):
+        if normalize != "none":
+            message = f"{normalize!r} does not fit {type(method).__name__}, which gives no weights to tokens."
+            raise InputError(Problem("normalize", message, "Leave it out."))
+        return weigh_classes(target, method, seed)
     if not isinstance(method, TokenWeighter | Objective):
         raise InputError(Problem("method", f"{method!r} is no weighting method.", "See `tokenwise methods`."))
     if normalize not in get_args(Normalize):
