@@ -80,7 +80,7 @@ def test_everything_is_there(tmp_path: Path, results: list[Result]) -> None:
         "1.00 GiB",
         "2 of 3",
         "What each method did to one example",
-        "compared together (Bonferroni). A loss",
+        "compared together (Bonferroni). A number",
         "tokenwise compare plan.yaml --export DIR",
         "seeds: [0, 1, 2] # my plan",
         "2.13.0",
