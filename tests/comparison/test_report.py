@@ -121,7 +121,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_example_shows_white_space_and_weights(tmp_path: Path, results: list[Result]) -> None:
     html, page = report(tmp_path, results)
-    assert '<span class="none" title="first token: nothing predicts it">def</span>' in html
+    assert '<span class="none" title="not learnt: the first token, or one of a prompt">def</span>' in html
     assert '<span class="dropped" style="--w:0.00" title="weight 0"> x</span>' in html
     assert '<span class="weighted" style="--w:0.67" title="weight 1">↵\n</span>' in html
     assert '<span class="weighted" style="--w:1.00" title="weight 1.5">&lt;b&gt;</span>' in html
