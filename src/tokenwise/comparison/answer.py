@@ -341,8 +341,8 @@ def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | No
     widest = max(((interval.high - interval.low) / 2 for interval in undecided if interval), default=0.0)
     if math.isfinite(widest) and widest > 0:
         notes.append(
-            f"No difference shown does not mean none: one below about {widest:.2g} {known.measure.points} could hide in "
-            f"these intervals; more seeds and more held-out {known.item}s narrow them."
+            f"No difference shown does not mean none: one below about {widest:.2g} {known.measure.points} could hide "
+            f"in these intervals; more seeds and more held-out {known.item}s narrow them."
         )
     unfinished = [f"{row.label} {len(row.finished)} of {row.planned}" for row in rows if len(row.finished) < planned]
     if unfinished:

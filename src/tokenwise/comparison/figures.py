@@ -86,7 +86,8 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
         x, y = frame.x(total[row.label] / divisor), frame.area.top + 8 if off else frame.y(loss[row.label])
         name = charts.shorten(row.label, width * 0.36)
         names.append(f"{name} {plain(loss[row.label], 2)}{', off the scale' if wide else ' ↑'}" if off else name)
-        hover = f"{row.label}: {plain(loss[row.label], conclusion.decimals)} {conclusion.measure.unit}, {_cost_text(row, measure)}"
+        value = f"{plain(loss[row.label], conclusion.decimals)} {conclusion.measure.unit}"
+        hover = f"{row.label}: {value}, {_cost_text(row, measure)}"
         if total[row.label] > own[row.label]:
             start = frame.x(own[row.label] / divisor)
             parts.append(charts.line(start, y, x, y, f"charged {style.colour}"))

@@ -167,7 +167,12 @@ def _shares(weights: Mapping[str, float]) -> str:
 def _token(token: str, weight: float | None, top: float) -> dict[str, Any]:
     visible = token.replace("\t", "→\t").replace("\r", "␍").replace("\n", "↵\n") or "∅"
     if weight is None:
-        return {"text": visible, "share": None, "title": "not learnt: the first token, or one of a prompt", "kind": "none"}
+        return {
+            "text": visible,
+            "share": None,
+            "title": "not learnt: the first token, or one of a prompt",
+            "kind": "none",
+        }
     share = min(max(weight / top, 0.0), 1.0)
     return {
         "text": visible,

@@ -26,7 +26,7 @@ def answer(
 ) -> tuple[str, str | None]:
     """Say which method to use.
 
-    A method is named only when its measure is shown to be below the baseline's and, where it has a random control, below
+    A method is named only when its value is shown to be below the baseline's and, where it has a random control, below
     that one's too. Among several such methods with no difference shown, the cheaper one is named.
 
     Args:

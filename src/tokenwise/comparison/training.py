@@ -383,7 +383,6 @@ def _check_finite(which: str, loss: float, spending: Spending) -> None:
         raise RunFailed(f"The {which} loss became {loss} at step {spending.steps}: the training diverged.")
 
 
-
 def example_of(
     model: PreTrainedModel,
     method: TokenWeighter,
@@ -398,6 +397,7 @@ def example_of(
     ids, targets = (values[:EXAMPLE_TOKENS].tolist() for values in (input_ids, labels))
     weights = token_weights(model, method, ids, seed, labels=targets).weights
     return {"tokens": [tokenizer.decode([token]) for token in ids], "weights": weights}
+
 
 def _versions(device: torch.device) -> dict[str, str]:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
