@@ -58,7 +58,9 @@ def test_a_template_decides_what_a_response_is(tokenizer):
 
 
 def test_an_earlier_response_that_the_template_rewrites_is_read_and_the_last_one_learnt(tokenizer):
-    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ '(last)' if loop.last }}{{ m.content }}")
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ m.content }}", "{{ '(last)' if loop.last and m.role == 'assistant' }}{{ m.content }}"
+    )
     parts = render({"messages": TURNS}, tokenizer).parts
     assert parts == (
         ("<|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>2+2?<|end|><|assistant|>", False),
@@ -70,11 +72,11 @@ def test_an_earlier_response_that_the_template_rewrites_is_read_and_the_last_one
 
 
 def test_only_responses_have_labels_and_a_row_is_cut_at_its_end(tokenizer):
-    rows, problems = read(tokenizer, [{"messages": TURNS}, {"prompt": "x" * 80, "completion": "y"}], max_length=40)
+    rows, problems = read(tokenizer, [{"messages": TURNS}, {"prompt": "x" * 80, "completion": "y"}], max_length=75)
     assert problems == []
     assert len(rows) == 1
     assert (int(rows.cut), int(rows.left_out)) == (0, 1)
-    assert learnt(rows, tokenizer) == " Hello<|endoftext|> 4<|endoftext|>"[: len(learnt(rows, tokenizer))]
+    assert learnt(rows, tokenizer) == " Hello<|endoftext|> 4<|endoftext|>"
     span = rows.span(0)
     whole = tokenizer.decode(rows.input_ids[span])
     assert whole.startswith("User: Hi\n\nAssistant: Hello")
@@ -82,8 +84,11 @@ def test_only_responses_have_labels_and_a_row_is_cut_at_its_end(tokenizer):
     assert tokenizer.decode(prompt).endswith("Assistant:")
     assert rows.expected == ["4"]
     windows = rows.windows(0)
-    assert windows.labels.shape == (1, len(whole := rows.input_ids[span]))
-    assert np.array_equal(windows.input_ids[0], whole)
+    assert np.array_equal(windows.input_ids[0], rows.input_ids[span])
+    assert np.array_equal(windows.labels[0], rows.labels[span])
+    short, _ = read(tokenizer, [{"messages": TURNS}], max_length=len(prompt) - 5)
+    assert (int(short.cut), int(short.left_out)) == (1, 0)
+    assert learnt(short, tokenizer) == " Hello<|endoftext|>"
 
 
 def test_weights_stand_for_a_row_or_for_its_tokens(tokenizer):
