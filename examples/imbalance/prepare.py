@@ -2,8 +2,8 @@
 
 Usage: python examples/imbalance/prepare.py FOLDER
 
-A text is a row of made-up words. Texts of the class "fault" hold two or three of sixty words that hint at it; so, now and
-then, does one of the class "normal", but never more than one. Writes, the same on every run:
+A text is a row of made-up words. Texts of the class "fault" hold two or three of sixty words that hint at it; one of
+the class "normal" now and then holds one, never more. Writes, the same on every run:
 
 - train.jsonl: TRAIN texts, {"text": ..., "label": ...}, 100 labelled normal for each labelled fault. A fifth of the
   labels "fault" are wrong, and a fifth of the faults are labelled normal;
