@@ -75,14 +75,15 @@ def test_every_mark_is_understood(page):
 
 
 def test_the_shown_plan_has_every_field_at_its_default():
-    from tokenwise.comparison import sections
+    from tokenwise.comparison import sections, tasks
+    from tokenwise.comparison.plan import SECTIONS
 
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
     plan = yaml.load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1], Loader=yaml.BaseLoader)
-    assert set(plan) == set(sections.SECTIONS)
+    assert set(plan) == set(SECTIONS)
     shown = {
-        sections.Task: plan["task"],
-        sections.Data: plan["task"]["data"],
+        tasks.LanguageModeling: plan["task"],
+        tasks.TextData: plan["task"]["data"],
         sections.Training: plan["training"],
         sections.Budget: plan["budget"],
         sections.Reference: plan["references"]["clean"] | plan["references"]["strong"],

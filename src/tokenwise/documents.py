@@ -134,6 +134,38 @@ def read_values(path: Path, name: str, field: str = "data") -> Iterator[tuple[st
         raise InputError(Problem(field, f"{str(path)!r} cannot be read: {error.strerror or error}.")) from error
 
 
+def read_records(paths: Iterable[Path | str], field: str = "data") -> Iterator[tuple[str, Any]]:
+    """All records of the files, in order, each with where it stands, for messages.
+
+    Args:
+        paths: JSON lines, a JSON list, Parquet, or folders that `datasets.Dataset.save_to_disk` made.
+        field: the field to name in an error.
+
+    Raises:
+        InputError: when a file is plain text or cannot be read.
+    """
+    for path in map(Path, paths):
+        suffix = path.suffix.lower()
+        if path.is_dir():
+            from datasets import load_from_disk
+
+            yield from ((f"row {number} of {str(path)!r}", row) for number, row in enumerate(load_from_disk(path), 1))
+        elif suffix in TEXT_SUFFIXES:
+            fix = f"Readable: {', '.join(name for name in SUFFIXES if name not in TEXT_SUFFIXES)}."
+            raise InputError(Problem(field, f"{str(path)!r} is plain text, which has no fields.", fix))
+        elif suffix == ".parquet":
+            batches = _parquet_file(path, field).iter_batches()
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"row {number} of {str(path)!r}", row) for number, row in enumerate(rows, 1))
+        else:
+            try:
+                with path.open(encoding="utf-8-sig") as stream:
+                    yield from _records(stream, path, field)
+            except UnicodeDecodeError as error:
+                message = f"{str(path)!r} is not UTF-8 text (byte {error.start})."
+                raise InputError(Problem(field, message, "Convert it, or leave it out.")) from error
+
+
 def count_values(path: Path, field: str = "data") -> int:
     """How many records a file has, without reading them where that is possible; lines for JSON lines."""
     suffix = path.suffix.lower()

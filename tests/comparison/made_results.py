@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokenwise.comparison.records import Costs, Job, Point, Quality, Result
+from tokenwise.comparison.quality import TextLoss
+from tokenwise.comparison.records import Costs, Job, Point, Result
 
 TOKENS = np.random.default_rng(1).integers(40, 400, size=30)
 LEVELS = np.random.default_rng(2).normal(3.0, 0.3, size=30)
 
 
-def quality(shift: float, seed: int, noise: float = 0.004) -> Quality:
+def quality(shift: float, seed: int, noise: float = 0.004) -> TextLoss:
     """Losses of 30 documents, `shift` nats/token above 3; seeds and documents vary as in a real run."""
     common = np.random.default_rng(seed).normal(0, 0.02)
     own = np.random.default_rng([seed, int(abs(shift) * 1e6), shift < 0]).normal(0, noise, size=len(TOKENS) + 1)
     losses = (LEVELS + common + shift + own[0] + own[1:]) * TOKENS
-    return Quality(losses.tolist(), TOKENS.tolist(), (TOKENS * 3).tolist())
+    return TextLoss(losses.tolist(), TOKENS.tolist(), (TOKENS * 3).tolist())
 
 
 def run(

@@ -138,7 +138,7 @@ def test_the_baseline_failed() -> None:
     assert found.winner is None
     assert found.sentence.startswith("No answer: no run of the baseline uniform finished (The loss became NaN")
     assert found.rows[1].verdict == "not comparable"
-    assert found.rows[1].nats_per_token is not None
+    assert found.rows[1].quality is not None
     assert found.rows[1].relative_flops is None
 
 
@@ -189,8 +189,8 @@ def test_nan_quality_is_reported_and_never_wins() -> None:
     found = conclude(results, summary())
     row = found.rows[1]
     assert row.verdict == "not finite"
-    assert row.nats_per_token is not None
-    assert math.isnan(row.nats_per_token)
+    assert row.quality is not None
+    assert math.isnan(row.quality)
     assert row.versus_baseline is not None
     assert math.isnan(row.versus_baseline.high)
     assert found.winner is None

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 import pytest
 
 from tokenwise.comparison.export import export_winner
-from tokenwise.comparison.records import Job, Quality, Result
+from tokenwise.comparison.quality import TextLoss
+from tokenwise.comparison.records import Job, Result
 from tokenwise.errors import InputError
 
 
@@ -19,7 +20,7 @@ def result_of(folder, label, seed, loss, kind="run"):
     result = Result(job, "failed", "it died")
     if loss is not None:
         path = f"runs/{job.key}/model"
-        result = Result(job, "finished", quality=Quality([loss], [1], [1]), model_dir=path, versions={"torch": "2"})
+        result = Result(job, "finished", quality=TextLoss([loss], [1], [1]), model_dir=path, versions={"torch": "2"})
         (folder / path).mkdir(parents=True)
         (folder / path / "model.safetensors").write_text(f"{label} {seed}")
     return result
@@ -44,7 +45,7 @@ def test_the_best_seed_of_the_winner_is_written_with_its_method(results, tmp_pat
     record = json.loads((out / "tokenwise.json").read_text())
     assert record["method"] == {"random": {"keep": 0.5}}
     assert (record["seed"], record["key"]) == (2, results[3].job.key)
-    assert record["held_out"]["nats_per_token"] == 1.0
+    assert record["held_out"]["held-out loss (nats/token)"] == 1.0
     assert record["versions"] == {"torch": "2"}
     assert "/somewhere" not in json.dumps(record)
     assert [path.name for path in out.parent.iterdir()] == ["best"]

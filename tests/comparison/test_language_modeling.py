@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 
 import numpy as np
@@ -9,11 +10,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenwise.comparison import held_out as held_out_module
-from tokenwise.comparison import language_modeling
+from tokenwise.comparison import language_modeling, training
 from tokenwise.comparison.data import Windows
 from tokenwise.comparison.held_out import HeldOut, held_out_loss
-from tokenwise.comparison.language_modeling import RunFailed, run
+from tokenwise.comparison.language_modeling import Blocks, run
+from tokenwise.comparison.training import EndlessRows, RunFailed
 from tokenwise.models.load import load_tokenizer, make_or_load_model
+from tokenwise.weighting.apply import weigh
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,11 @@ def test_a_budget_of_operations_follows_what_one_step_costs(train):
 def test_operations_of_a_step_agree_with_the_closed_form_and_leave_the_model_alone(task, tmp_path):
     model, _ = model_and_windows(task)
     before = copy.deepcopy(model.state_dict())
-    blocks = language_modeling._EndlessBlocks(np.load(task["train_blocks"]), 1)
-    trainer = language_modeling._trainer(model, blocks, task["training"], 1, tmp_path, 1)
-    method = language_modeling._method(make_job(task))
-    flops = language_modeling._flops_of_one_step(trainer, method)
+    rows = EndlessRows(Blocks(np.load(task["train_blocks"])), 1)
+    collate = functools.partial(training.pad_rows, padding=0, mask=False)
+    trainer = training.make_trainer(model, rows, collate, task["training"], 1, tmp_path, 1)
+    method = training.build_method(make_job(task))
+    flops = training.count_flops(trainer, method, weigh) * BATCH * ACCUMULATE * LENGTH
 
     tokens, hidden, vocabulary = BATCH * ACCUMULATE * LENGTH, 32, model.config.vocab_size
     body = 2 * tokens * 2 * (4 * hidden * hidden + 3 * hidden * 64) * 3
@@ -103,11 +107,11 @@ def test_operations_of_a_step_agree_with_the_closed_form_and_leave_the_model_alo
 
 def test_all_methods_of_a_seed_start_alike_and_see_the_same_data_in_the_same_order(task, train, monkeypatch):
     seen, first = [], []
-    collate = language_modeling._collate
+    pad = training.pad_rows
 
-    def watch(rows):
-        seen.append(torch.stack(rows))
-        return collate(rows)
+    def watch(rows, **options):
+        seen.append(torch.stack([row["input_ids"] for row in rows]))
+        return pad(rows, **options)
 
     make = language_modeling.make_or_load_model
 
@@ -116,7 +120,7 @@ def test_all_methods_of_a_seed_start_alike_and_see_the_same_data_in_the_same_ord
         first.append(copy.deepcopy(model.state_dict()))
         return model
 
-    monkeypatch.setattr(language_modeling, "_collate", watch)
+    monkeypatch.setattr(language_modeling, "pad_rows", watch)
     monkeypatch.setattr(language_modeling, "make_or_load_model", make_and_watch)
 
     def order(*arguments, **options):
@@ -133,8 +137,8 @@ def test_all_methods_of_a_seed_start_alike_and_see_the_same_data_in_the_same_ord
 
 def test_every_pass_over_the_data_sees_every_block_once_in_another_order(task):
     blocks = np.load(task["train_blocks"])
-    endless = language_modeling._EndlessBlocks(blocks, seed=3)
-    passes = [[tuple(endless[p * len(blocks) + i].tolist()) for i in range(len(blocks))] for p in range(2)]
+    endless = EndlessRows(Blocks(blocks), seed=3)
+    passes = [[tuple(endless[p * len(blocks) + i]["input_ids"].tolist()) for i in range(len(blocks))] for p in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(tuple(block) for block in blocks.tolist())
     assert passes[0] != passes[1]
 
@@ -180,5 +184,5 @@ def test_evaluations_on_the_way_use_the_same_first_windows(task, monkeypatch):
     model, windows = model_and_windows(task)
     monkeypatch.setattr(held_out_module, "CURVE_TOKENS", 100)
     held_out = HeldOut(windows, "fp32")
-    assert held_out.loss_at_start(model) == pytest.approx(held_out.start_of(held_out.losses(model)), rel=1e-6)
+    assert held_out.on_the_way(model) == pytest.approx(held_out.start_of(held_out.losses(model)), rel=1e-6)
     assert 100 <= held_out._labels[: held_out._start].sum() < 100 + LENGTH

@@ -80,7 +80,7 @@ def test_everything_is_there(tmp_path: Path, results: list[Result]) -> None:
         "1.00 GiB",
         "2 of 3",
         "What each method did to one example",
-        "compared together (Bonferroni). A loss",
+        "compared together (Bonferroni). A number",
         "tokenwise compare plan.yaml --export DIR",
         "seeds: [0, 1, 2] # my plan",
         "2.13.0",
@@ -121,7 +121,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_example_shows_white_space_and_weights(tmp_path: Path, results: list[Result]) -> None:
     html, page = report(tmp_path, results)
-    assert '<span class="none" title="first token: nothing predicts it">def</span>' in html
+    assert '<span class="none" title="not learnt: the first token, or one of a prompt">def</span>' in html
     assert '<span class="dropped" style="--w:0.00" title="weight 0"> x</span>' in html
     assert '<span class="weighted" style="--w:0.67" title="weight 1">↵\n</span>' in html
     assert '<span class="weighted" style="--w:1.00" title="weight 1.5">&lt;b&gt;</span>' in html

@@ -32,14 +32,14 @@ def test_the_cosine_is_half_way_down_in_the_middle():
 )
 def test_the_share_is_counted_in_the_unit_of_the_budget(unit, share):
     stats = {"labels": 8, "labels_trained": 4}
-    spending = Spending({"unit": unit, "amount": 10}, 7, stats, torch.device("cpu"))
+    spending = Spending({"unit": unit, "amount": 10}, lambda: 14, stats, torch.device("cpu"))
     spending.steps = 2
     assert spending.share == pytest.approx(share)
     assert getattr(spending.costs(), unit) == pytest.approx(share * 10)
 
 
 def test_time_stands_still_in_a_pause():
-    spending = Spending({"unit": "steps", "amount": 1}, 0, {}, torch.device("cpu"))
+    spending = Spending({"unit": "steps", "amount": 1}, lambda: 0, {}, torch.device("cpu"))
     assert spending.costs().wall_seconds == 0
     spending.resume()
     spending.pause()

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenwise.comparison.records import Quality
+from tokenwise.comparison.quality import TextLoss
 from tokenwise.comparison.statistics import difference
 
 
-def losses(per_token: np.ndarray, tokens: list[int]) -> Quality:
-    return Quality((per_token * np.array(tokens)).tolist(), tokens, tokens)
+def losses(per_token: np.ndarray, tokens: list[int]) -> TextLoss:
+    return TextLoss((per_token * np.array(tokens)).tolist(), tokens, tokens)
 
 
 def test_mean_is_the_difference_of_the_summed_losses_over_all_tokens() -> None:
-    runs = {0: Quality([10.0, 5.0], [4, 1], [4, 1]), 1: Quality([12.0, 5.0], [4, 1], [4, 1])}
-    others = {0: Quality([11.0, 6.0], [4, 1], [4, 1]), 1: Quality([11.0, 5.0], [4, 1], [4, 1])}
+    runs = {0: TextLoss([10.0, 5.0], [4, 1], [4, 1]), 1: TextLoss([12.0, 5.0], [4, 1], [4, 1])}
+    others = {0: TextLoss([11.0, 6.0], [4, 1], [4, 1]), 1: TextLoss([11.0, 5.0], [4, 1], [4, 1])}
     assert difference(runs, others).mean == pytest.approx(((-2 / 5) + (1 / 5)) / 2)
 
 
@@ -54,8 +54,8 @@ def test_only_seeds_of_both_are_paired() -> None:
 
 
 def test_different_documents_are_refused() -> None:
-    with pytest.raises(ValueError, match="different held-out documents"):
-        difference({0: Quality([1.0], [1], [1])}, {0: Quality([1.0], [2], [1])})
+    with pytest.raises(ValueError, match="different held-out items"):
+        difference({0: TextLoss([1.0], [1], [1])}, {0: TextLoss([1.0], [2], [1])})
 
 
 def test_pairing_removes_what_both_share() -> None:
@@ -73,8 +73,8 @@ def test_pairing_removes_what_both_share() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_never_filtered(bad: float) -> None:
     tokens = [10, 20]
-    runs = {0: Quality([30.0, bad], tokens, tokens), 1: Quality([30.0, 60.0], tokens, tokens)}
-    others = {seed: Quality([30.0, 60.0], tokens, tokens) for seed in (0, 1)}
+    runs = {0: TextLoss([30.0, bad], tokens, tokens), 1: TextLoss([30.0, 60.0], tokens, tokens)}
+    others = {seed: TextLoss([30.0, 60.0], tokens, tokens) for seed in (0, 1)}
     found = difference(runs, others)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
@@ -84,19 +84,19 @@ def test_what_is_not_finite_is_never_filtered(bad: float) -> None:
 
 
 def test_two_infinite_losses_do_not_cancel() -> None:
-    same = {0: Quality([math.inf, 1.0], [1, 1], [1, 1])}
+    same = {0: TextLoss([math.inf, 1.0], [1, 1], [1, 1])}
     assert not difference(same, same).finite
 
 
 def test_one_seed_and_one_document_say_nothing() -> None:
-    found = difference({0: Quality([1.0], [10], [10])}, {0: Quality([2.0], [10], [10])})
+    found = difference({0: TextLoss([1.0], [10], [10])}, {0: TextLoss([2.0], [10], [10])})
     assert found.mean == pytest.approx(-0.1)
     assert (found.low, found.high) == (-math.inf, math.inf)
     assert not found.below_zero
 
 
 def test_equal_runs_show_no_difference() -> None:
-    same = {seed: Quality([30.0, 60.0 + seed], [10, 20], [10, 20]) for seed in range(3)}
+    same = {seed: TextLoss([30.0, 60.0 + seed], [10, 20], [10, 20]) for seed in range(3)}
     found = difference(same, same)
     assert (found.mean, found.low, found.high) == (0, 0, 0)
     assert not found.below_zero

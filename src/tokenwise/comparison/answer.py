@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from tokenwise.comparison.formatting import decimals_for
-from tokenwise.comparison.records import Costs, Quality, Result
+from tokenwise.comparison.quality import Measure, Quality
+from tokenwise.comparison.records import Costs, Result
 from tokenwise.comparison.sentence import answer
 from tokenwise.comparison.statistics import LEVEL, Interval, difference
 
-FEW_DOCUMENTS = 20
+FEW_ITEMS = 20
+_NOTHING = Measure("held-out quality", "")
+"""What is measured where nothing has been."""
 
 Verdict = Literal["baseline", "better", "worse", "no difference", "not finite", "not comparable", "failed"]
 
@@ -37,11 +42,13 @@ class Row:
         settings: its hyper-parameters, by name.
         finished: the seeds whose run finished.
         planned: how many runs there were to be.
-        nats_per_token: held-out loss, mean over finished seeds; None when no run finished.
+        measure: what the quality is, and its unit.
+        quality: held-out quality, mean over finished seeds; lower is better. None when no run finished.
         spread: standard deviation of it between seeds; None below two seeds.
-        lowest: smallest loss of a seed.
-        highest: largest loss of a seed.
-        bits_per_byte: mean over finished seeds.
+        lowest: smallest value of a seed.
+        highest: largest value of a seed.
+        details: further measures, means over finished seeds.
+        groups: measures of parts (of each class), means over finished seeds.
         versus_baseline: method minus baseline; None for the baseline, and where no seed was finished by both.
         control: label of the random control, or None.
         versus_control: method minus control, or None.
@@ -58,11 +65,13 @@ class Row:
     settings: dict[str, Any]
     finished: tuple[int, ...]
     planned: int
-    nats_per_token: float | None
+    measure: Measure
+    quality: float | None
     spread: float | None
     lowest: float | None
     highest: float | None
-    bits_per_byte: float | None
+    details: dict[Measure, float]
+    groups: dict[str, dict[Measure, float]]
     versus_baseline: Interval | None
     control: str | None
     versus_control: Interval | None
@@ -92,8 +101,11 @@ class Conclusion:
         level: of each interval, corrected for the number of methods compared.
         compared: how many methods were compared with the baseline.
         seeds: how many seeds were planned.
-        documents: how many held-out documents.
-        held_out_tokens: how many labels they have.
+        measure: what methods are ranked by; lower is better.
+        curve_measure: what was measured on the way.
+        brief: those of the rows' `details` that belong into a small table.
+        held_out: how much was measured on, in words; empty where nothing was.
+        item: what one held-out item is called.
         decimals: how many decimals differences deserve.
         notes: what a reader must know of these numbers, one sentence each.
     """
@@ -106,8 +118,11 @@ class Conclusion:
     level: float
     compared: int
     seeds: int
-    documents: int
-    held_out_tokens: int
+    measure: Measure
+    curve_measure: Measure
+    brief: tuple[Measure, ...]
+    held_out: str
+    item: str
     decimals: int
     notes: tuple[str, ...]
 
@@ -126,7 +141,7 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
         plan_summary: ``baseline`` (its label) and ``seeds`` are read.
 
     Raises:
-        ValueError: when runs were evaluated on different held-out documents.
+        ValueError: when runs were evaluated on different held-out items.
     """
     baseline = plan_summary["baseline"]
     groups: dict[str, list[Result]] = {}
@@ -139,10 +154,9 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
     compared = compared or [label for label in groups if label != baseline]
     level = 1 - (1 - LEVEL) / max(len(compared), 1)
     planned = len(plan_summary["seeds"])
-    rows = tuple(_row(group, groups, baseline, level, planned) for group in groups.values())
-
-    held_out = next((result.quality for group in groups.values() for result in group if result.quality), None)
-    documents, tokens = (len(held_out.tokens), sum(held_out.tokens)) if held_out else (0, 0)
+    known = next((result.quality for group in groups.values() for result in group if result.quality), None)
+    measure = known.measure if known else _NOTHING
+    rows = tuple(_row(group, groups, baseline, level, planned, measure) for group in groups.values())
     intervals = [i for row in rows for i in (row.versus_baseline, row.versus_control) if i is not None]
     decimals = decimals_for((interval.high - interval.low) / 2 for interval in intervals)
 
@@ -159,18 +173,23 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
         level=level,
         compared=len(compared),
         seeds=planned,
-        documents=documents,
-        held_out_tokens=tokens,
+        measure=measure,
+        curve_measure=known.curve_measure if known else _NOTHING,
+        brief=known.brief if known else (),
+        held_out=known.held_out if known else "",
+        item=known.item if known else "item",
         decimals=decimals,
-        notes=tuple(_notes(rows, level, len(compared), documents, planned)),
+        notes=tuple(_notes(rows, level, len(compared), known, planned)),
     )
 
 
-def _row(group: list[Result], groups: dict[str, list[Result]], baseline: str, level: float, planned: int) -> Row:
+def _row(
+    group: list[Result], groups: dict[str, list[Result]], baseline: str, level: float, planned: int, measure: Measure
+) -> Row:
     job = group[0].job
     finished = [result for result in group if result.status == "finished"]
-    losses = [result.quality.nats_per_token for result in finished if result.quality]
-    bits = [result.quality.bits_per_byte for result in finished if result.quality]
+    qualities = [result.quality for result in finished if result.quality]
+    losses = [quality.value if quality.finite else math.nan for quality in qualities]
     versus_baseline = None if job.label == baseline else _difference(group, groups.get(baseline, []), level)
     versus_control = _difference(group, groups.get(job.control, []), level) if job.control is not None else None
     costs, reference_costs = _own_costs(group), _reference_costs(group)
@@ -181,11 +200,16 @@ def _row(group: list[Result], groups: dict[str, list[Result]], baseline: str, le
         settings=dict(next(iter(job.method.values()), None) or {}),
         finished=tuple(result.job.seed for result in finished),
         planned=max(planned, len(group)),
-        nats_per_token=descriptive.fmean(losses) if losses else None,
+        measure=measure,
+        quality=descriptive.fmean(losses) if losses else None,
         spread=_deviation(losses),
         lowest=min(losses, default=None),
         highest=max(losses, default=None),
-        bits_per_byte=descriptive.fmean(bits) if bits else None,
+        details=_means([quality.details for quality in qualities]),
+        groups={
+            name: _means([quality.groups[name] for quality in qualities])
+            for name in (qualities[0].groups if qualities else ())
+        },
         versus_baseline=versus_baseline,
         control=job.control,
         versus_control=versus_control,
@@ -196,6 +220,12 @@ def _row(group: list[Result], groups: dict[str, list[Result]], baseline: str, le
         relative_seconds=_relative("wall_seconds", costs, reference_costs, baseline_costs),
         failures=tuple(_failure(result) for result in group if result.status == "failed"),
     )
+
+
+def _means(measured: list[dict[Measure, float]]) -> dict[Measure, float]:
+    if not measured:
+        return {}
+    return {measure: descriptive.fmean(values[measure] for values in measured) for measure in measured[0]}
 
 
 def _verdict(losses: list[float], is_baseline: bool, interval: Interval | None) -> Verdict:
@@ -281,9 +311,9 @@ def _relative(name: str, costs: Costs, reference: Costs | None, baseline: Costs)
     return sum(known) / unit
 
 
-def _notes(rows: Sequence[Row], level: float, compared: int, documents: int, planned: int) -> list[str]:
+def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | None, planned: int) -> list[str]:
     """What a reader must know of these numbers, in whole sentences."""
-    if not any(row.versus_baseline for row in rows):
+    if known is None or not any(row.versus_baseline for row in rows):
         return []
     notes = []
     if compared > 1:
@@ -292,20 +322,27 @@ def _notes(rows: Sequence[Row], level: float, compared: int, documents: int, pla
             "(Bonferroni)."
         )
     if all(row.versus_baseline.seeds == 1 for row in rows if row.versus_baseline):
-        notes.append("With one seed only the held-out documents are resampled: nothing is known of other seeds.")
+        notes.append(f"With one seed only the held-out {known.item}s are resampled: nothing is known of other seeds.")
     two = [row.label for row in rows if row.versus_baseline and row.versus_baseline.seeds == 2]
     if two:
         notes.append(f"Two seeds ({', '.join(two)}) say little of a third, so their interval is wide.")
-    if documents == 1:
-        notes.append("There is one held-out document: nothing is known of other documents.")
-    elif documents < FEW_DOCUMENTS:
-        notes.append(f"With {documents} held-out documents intervals may be too narrow; use {FEW_DOCUMENTS} or more.")
+    strata = known.strata()
+    fewest = known.items if strata is None else int(min(np.unique(strata, return_counts=True)[1]))
+    if strata is not None and fewest < FEW_ITEMS:
+        notes.append(
+            f"The rarest class has {fewest} held-out {known.item}{'s' if fewest > 1 else ''}: intervals may be too "
+            f"narrow; use {FEW_ITEMS} or more of each."
+        )
+    elif fewest == 1:
+        notes.append(f"There is one held-out {known.item}: nothing is known of other {known.item}s.")
+    elif fewest < FEW_ITEMS:
+        notes.append(f"With {fewest} held-out {known.item}s intervals may be too narrow; use {FEW_ITEMS} or more.")
     undecided = [row.versus_baseline for row in rows if row.verdict == "no difference" and row.role == "candidate"]
     widest = max(((interval.high - interval.low) / 2 for interval in undecided if interval), default=0.0)
     if math.isfinite(widest) and widest > 0:
         notes.append(
-            f"No difference shown does not mean none: one below about {widest:.2g} nats/token could hide in these "
-            "intervals; more seeds and more held-out text narrow them."
+            f"No difference shown does not mean none: one below about {widest:.2g} {known.measure.points} could hide "
+            f"in these intervals; more seeds and more held-out {known.item}s narrow them."
         )
     unfinished = [f"{row.label} {len(row.finished)} of {row.planned}" for row in rows if len(row.finished) < planned]
     if unfinished:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tokenwise import catalog
 from tokenwise.comparison.sections import MISSING, collect
+from tokenwise.comparison.tasks import Task
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.method import Method
 
@@ -74,14 +75,14 @@ class Listed:
         return json.dumps([name, self.method.config()], sort_keys=True)
 
 
-def read_methods(raw: list[Any] | None, folder: Path, problems: list[Problem]) -> list[Listed]:
+def read_methods(raw: list[Any] | None, folder: Path, problems: list[Problem], task: type[Task]) -> list[Listed]:
     """The items of `methods`, built where they can be; what is wrong with the others is added to `problems`."""
     if raw == []:
         problems.append(Problem("methods", "lists no method.", MISSING["methods"]))
-    return [_read_method(item, f"methods[{index}]", folder, problems) for index, item in enumerate(raw or [])]
+    return [_read_method(item, f"methods[{index}]", folder, problems, task) for index, item in enumerate(raw or [])]
 
 
-def _read_method(item: Any, where: str, folder: Path, problems: list[Problem]) -> Listed:
+def _read_method(item: Any, where: str, folder: Path, problems: list[Problem], task: type[Task]) -> Listed:
     label, spec = None, item
     if isinstance(item, Mapping) and {"label", "method"} & set(item):
         with collect(problems):
@@ -95,7 +96,7 @@ def _read_method(item: Any, where: str, folder: Path, problems: list[Problem]) -
             method = catalog.build(spec, where, folder)
         except TypeError as error:  # an abstract class of the user's
             raise InputError(Problem(where, f"{entry.written} cannot be used: {error}.")) from error
-        _check_fits(method, where)
+        task.check_method(method, where)
         entry.method = method
         if ".py:" in entry.written:  # its file by its whole path, whatever folder the plan starts from
             file, _, name = entry.written.rpartition(":")
@@ -114,29 +115,6 @@ def _label(item: Mapping[str, Any], where: str) -> str | None:
     if problems:
         raise InputError(problems)
     return label
-
-
-def _check_fits(method: Method, where: str) -> None:
-    """Refuse what is valid in itself, but nothing this task can run."""
-    family = getattr(type(method), "family", None)
-    reads: frozenset[str] = getattr(method, "reads", frozenset())
-    if family != "weighting":
-        raise InputError(Problem(where, f"{method.card.id!r} is no weighting method; this task compares these."))
-    if getattr(type(method), "kind", None) == "masks":
-        message = (
-            f"{method.card.id!r} chooses parameters, not tokens, and needs data to forget, which no task here has."
-        )
-        raise InputError(Problem(where, message))
-    if getattr(type(method), "kind", None) == "objective":
-        message = f"{method.card.id!r} is a loss of its own and gives no weights to tokens; this task compares these."
-        fix = "Use `tokenwise unlearn`." if "forget" in reads else "Use tokenwise.weigh on a trainer."
-        raise InputError(Problem(where, message, fix))
-    if "loss_weights" in reads:
-        message = f"{method.card.id!r} needs a column loss_weights, which plain text does not have."
-        raise InputError(Problem(where, message))
-    if "reference_nll" in reads and not getattr(method, "reference", None):
-        message = f"{method.card.id!r} reads a reference model, but its field reference names none."
-        raise InputError(Problem(where, message))
 
 
 def reference_of(entry: Listed) -> Any:

@@ -76,7 +76,7 @@ def check_label(label: str, labels: Sequence[str]) -> None:
 
 
 def _best_run(results: Sequence[Result], winner: str | None, method: str | None) -> Result:
-    """The finished run of the method with the lowest held-out loss."""
+    """The finished run of the method with the best held-out quality."""
     runs = [result for result in results if result.job.kind == "run"]
     labels = list(dict.fromkeys(run.job.label for run in runs))
     label = method if method is not None else winner
@@ -84,7 +84,7 @@ def _best_run(results: Sequence[Result], winner: str | None, method: str | None)
         fix = f"Name one with --method: {', '.join(labels)}."
         raise InputError(Problem("--export", "there is no winner to export: no difference was shown.", fix))
     check_label(label, labels)
-    finished = [(run.quality.nats_per_token, run) for run in runs if run.job.label == label and run.quality is not None]
+    finished = [(run.quality.value, run) for run in runs if run.job.label == label and run.quality is not None]
     if not finished:
         raise InputError(
             Problem("--method", f"no run of {label!r} has finished.", "Compare again: failed runs are retried.")
@@ -106,7 +106,10 @@ def _record(result: Result) -> dict[str, Any]:
         "task": task,
         "budget": job.budget,
         "reference": job.reference,
-        "held_out": {"nats_per_token": quality.nats_per_token, "bits_per_byte": quality.bits_per_byte},
+        "held_out": {
+            f"{measure.name} ({measure.unit})": value
+            for measure, value in {quality.measure: quality.value, **quality.details}.items()
+        },
         "inputs": job.inputs,
         "versions": result.versions,
         "key": job.key,

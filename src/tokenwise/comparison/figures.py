@@ -15,7 +15,6 @@ from tokenwise.comparison.records import Point, Result
 from tokenwise.comparison.statistics import Interval
 
 MEASURES = {"flops": "FLOPs", "wall_seconds": "Wall time", "tokens_trained": "Tokens trained on"}
-_LOSS = "held-out loss, nats/token"
 _LOG_FROM = 20.0
 """A cost axis is logarithmic from this ratio of largest to smallest."""
 _FAR_WORSE = 4.0
@@ -45,7 +44,7 @@ def off_scale(conclusion: Conclusion) -> set[str]:
 
 
 def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: str, wide: bool) -> str | None:
-    """Held-out loss against a cost; None where fewer than two methods have both.
+    """Held-out quality against a cost; None where fewer than two methods have both.
 
     Args:
         conclusion: what to draw.
@@ -59,7 +58,7 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
     width, height = (540.0, 370.0) if wide else (340.0, 320.0)
     own = {row.label: float(getattr(row.costs, measure)) for row in rows}
     total = {row.label: own[row.label] + _charged(row, measure) for row in rows}
-    loss = {row.label: row.nats_per_token or 0.0 for row in rows}
+    loss = {row.label: row.quality or 0.0 for row in rows}
     divisor, unit = _unit(measure, max(total.values()))
     log = max(total.values()) > _LOG_FROM * min(own.values()) > 0
     cheapest, dearest = min(own.values()) / divisor, max(total.values()) / divisor
@@ -69,7 +68,7 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
     beyond = off_scale(conclusion)
     bounds = [value for row in rows if row.label not in beyond for value in (row.lowest, row.highest)]
     frame = _Frame(width, height, x_range, charts.padded([value for value in bounds if value is not None], 0.12), log)
-    parts = frame.axes(f"{MEASURES[measure]}{unit}, reference included", _LOSS)
+    parts = frame.axes(f"{MEASURES[measure]}{unit}, reference included", str(conclusion.measure))
 
     front = pareto_front([(total[row.label], loss[row.label]) for row in rows if row.label not in beyond])
     steps: list[charts.Point] = []
@@ -87,7 +86,8 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
         x, y = frame.x(total[row.label] / divisor), frame.area.top + 8 if off else frame.y(loss[row.label])
         name = charts.shorten(row.label, width * 0.36)
         names.append(f"{name} {plain(loss[row.label], 2)}{', off the scale' if wide else ' ↑'}" if off else name)
-        hover = f"{row.label}: {plain(loss[row.label], conclusion.decimals)} nats/token, {_cost_text(row, measure)}"
+        value = f"{plain(loss[row.label], conclusion.decimals)} {conclusion.measure.unit}"
+        hover = f"{row.label}: {value}, {_cost_text(row, measure)}"
         if total[row.label] > own[row.label]:
             start = frame.x(own[row.label] / divisor)
             parts.append(charts.line(start, y, x, y, f"charged {style.colour}"))
@@ -107,13 +107,15 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
     described = "; ".join(
         f"{row.label} {plain(loss[row.label], conclusion.decimals)} at {_cost_text(row, measure)}" for row in rows
     )
-    return charts.svg(width, height, f"Held-out loss against {MEASURES[measure]}. {described}.", parts, _size(wide))
+    return charts.svg(
+        width, height, f"{conclusion.measure.title} against {MEASURES[measure]}. {described}.", parts, _size(wide)
+    )
 
 
 def curve_figure(
     conclusion: Conclusion, results: Sequence[Result], styles: Mapping[str, Style], start: float, wide: bool
 ) -> str | None:
-    """Held-out loss against the share of the budget spent, from `start` on; None without at least two points."""
+    """Held-out quality against the share of the budget spent, from `start` on; None without at least two points."""
     curves = {row.label: _curve(row.label, results, start) for row in conclusion.rows}
     beyond = off_scale(conclusion) if start > 0 else set()  # a whole run spans the early losses anyway
     drawn = {label: curve for label, curve in curves.items() if curve is not None and label not in beyond}
@@ -124,7 +126,7 @@ def curve_figure(
     names = {label: charts.shorten(label, 120) for label in drawn}
     right = 14 + max(charts.text_width(name) for name in names.values()) if wide else 16
     frame = _Frame(width, height, (start * 100, 100), charts.padded(finite, 0.05), right=right)
-    parts = frame.axes("share of the budget spent, %", _LOSS)
+    parts = frame.axes("share of the budget spent, %", str(conclusion.curve_measure))
     ends = {}
     # The band lies below all lines, and the baseline below the candidates.
     for label, (shares, _, lowest, highest) in drawn.items():
@@ -138,7 +140,7 @@ def curve_figure(
         parts.append(charts.path(points, f"curve {styles[label].colour}"))
         last = next((point for point in reversed(points) if math.isfinite(point[1])), None)
         if last is not None:
-            hover = f"{label}: {plain(float(mean[-1]), conclusion.decimals)} nats/token at the end"
+            hover = f"{label}: {plain(float(mean[-1]), conclusion.decimals)} {conclusion.curve_measure.unit} at the end"
             parts.append(charts.marker(styles[label].shape, *last, f"marker {styles[label].colour}", hover))
             ends[label] = last
     if wide:
@@ -150,7 +152,9 @@ def curve_figure(
             f"off the scale: {', '.join(sorted(beyond & curves.keys()))}", frame.x.end - frame.x.start
         )
         parts.append(charts.text(frame.area.right, frame.area.top - 4, left_out, "axis halo", "end"))
-    described = f"Curves of held-out loss for {', '.join(drawn)}, from {start:.0%} of the budget to its end."
+    described = (
+        f"Curves of {conclusion.curve_measure.name} for {', '.join(drawn)}, from {start:.0%} of the budget to its end."
+    )
     return charts.svg(width, height, described, parts, _size(wide))
 
 
@@ -182,7 +186,9 @@ def difference_figure(conclusion: Conclusion, styles: Mapping[str, Style], wide:
         parts.append(charts.line(x(value), top, x(value), bottom, "zero" if value == 0 else "grid"))
         parts.append(charts.text(x(value), bottom + 13, signed(value, digits), "tick", "middle"))
     parts.append(charts.text(left, bottom + 33, "← better", "axis"))
-    parts.append(charts.text((left + right) / 2, bottom + 33, "difference, nats/token", "axis", "middle"))
+    parts.append(
+        charts.text((left + right) / 2, bottom + 33, f"difference, {conclusion.measure.points}", "axis", "middle")
+    )
     parts.append(charts.text(right, bottom + 33, "worse →", "axis", "end"))
     described = []
     for place, (row, interval, other) in enumerate(lines):
@@ -204,7 +210,7 @@ def difference_figure(conclusion: Conclusion, styles: Mapping[str, Style], wide:
             parts.append(charts.text(0, above, shown, f"halo {classes}"))
             parts.append(charts.text(width, above, result, "halo value" if main else "halo value minor", "end"))
         parts += _forest_line(x, y, interval, style, main, f"{row.label} against {other}: {result}")
-    label = f"Differences in held-out loss with intervals, below zero is better. {'; '.join(described)}."
+    label = f"Differences in {conclusion.measure.name} with intervals, below zero is better. {'; '.join(described)}."
     return charts.svg(width, height, label, parts, _size(wide))
 
 
@@ -273,7 +279,7 @@ def _drawable(row: Row, measure: str) -> bool:
     costs = [row.costs] if row.reference_costs is None else [row.costs, row.reference_costs]
     known = all(getattr(cost, measure) is not None for cost in costs)
     comparable = measure != "wall_seconds" or all(cost.seconds_comparable for cost in costs)
-    return known and comparable and row.nats_per_token is not None and math.isfinite(row.nats_per_token)
+    return known and comparable and row.quality is not None and math.isfinite(row.quality)
 
 
 def _charged(row: Row, measure: str) -> float:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tokenwise.comparison.data import IGNORED, Windows
-from tokenwise.comparison.records import Quality
+from tokenwise.comparison.quality import TextLoss
 
 CURVE_TOKENS = 20_000
 """Evaluations on the way use the first windows up to this many labels; the last one uses all."""
@@ -31,22 +31,27 @@ class HeldOut:
         enough = int(np.searchsorted(self._labels.cumsum(), CURVE_TOKENS)) + 1
         self._start = min(enough, len(self._labels))
 
+    def measure(self, model: PreTrainedModel) -> tuple[TextLoss, float]:
+        """The loss of every document, and what `on_the_way` gives."""
+        losses = self.losses(model)
+        return self.quality(losses), self.start_of(losses)
+
     def losses(self, model: PreTrainedModel) -> NDArray[np.float64]:
         """Summed negative log-likelihood of each window, in nats, shape [windows]."""
         return self._losses(model, len(self._labels))
 
-    def loss_at_start(self, model: PreTrainedModel) -> float:
+    def on_the_way(self, model: PreTrainedModel) -> float:
         """Loss in nats per token over the first windows, the same ones every time."""
         return self.start_of(self._losses(model, self._start))
 
     def start_of(self, losses: NDArray[np.float64]) -> float:
-        """What `loss_at_start` gives, from losses that are known."""
+        """What `on_the_way` gives, from losses that are known."""
         return float(losses[: self._start].sum() / self._labels[: self._start].sum())
 
-    def quality(self, losses: NDArray[np.float64]) -> Quality:
+    def quality(self, losses: NDArray[np.float64]) -> TextLoss:
         """The losses of the windows summed up for each document."""
         document = self._windows.document
-        return Quality(
+        return TextLoss(
             nll=np.bincount(document, losses).tolist(),
             tokens=np.bincount(document, self._labels).astype(int).tolist(),
             bytes=self._windows.text_bytes.tolist(),
@@ -81,7 +86,7 @@ class HeldOut:
         return nll.view(len(rows), -1).double().sum(1).cpu().numpy()
 
 
-def held_out_loss(model: PreTrainedModel, windows: Windows, precision: str = "fp32") -> Quality:
+def held_out_loss(model: PreTrainedModel, windows: Windows, precision: str = "fp32") -> TextLoss:
     """Unweighted loss of `model` on held-out windows, per document."""
     held_out = HeldOut(windows, precision)
     return held_out.quality(held_out.losses(model))

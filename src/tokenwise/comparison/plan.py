@@ -7,39 +7,33 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from tokenwise import catalog, fingerprint
-from tokenwise.comparison import data
 from tokenwise.comparison.entries import Entry, Listed, make_entries, read_methods, reference_of
 from tokenwise.comparison.records import Job
 from tokenwise.comparison.sections import (
     MISSING,
-    SECTIONS,
     UNITS,
     Budget,
     NewTokenizer,
     Reference,
-    Task,
     Training,
-    check_held_out,
     collect,
     existing_reference,
     problems_of,
     shorten,
 )
+from tokenwise.comparison.sections import SECTIONS as OTHER_SECTIONS
+from tokenwise.comparison.tasks import AnyTask, Preparation, Task, check_held_out, task_class
 from tokenwise.comparison.yaml_file import read_yaml
-from tokenwise.documents import read_documents
 from tokenwise.errors import InputError, Problem, nearest
-from tokenwise.files import write_binary
 from tokenwise.models import load
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+SECTIONS: dict[str, Any] = {"task": AnyTask, **OTHER_SECTIONS}
+"""What stands under each key of a plan."""
 LEARNING_RATE_FROM_SCRATCH = 1e-3
 LEARNING_RATE_EXISTING = 5e-5
 """The default for a model that has been trained before: large steps would undo what it knows."""
@@ -59,6 +53,7 @@ class Plan:
     seeds: tuple[int, ...]
     references: dict[str, Reference]
     entries: list[Entry]
+    _remark: str = ""
     _fingerprints: dict[Any, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -76,18 +71,26 @@ class Plan:
             progress: called with a few words before each slow stage.
 
         Raises:
-            InputError: with everything wrong with the data: unreadable, empty or too short; or a reference with
+            InputError: with everything wrong with the data: unreadable, empty or unfit; or a reference with
                 another vocabulary than a tokenizer that was still to be trained.
         """
         folder.mkdir(parents=True, exist_ok=True)
         problems: list[Problem] = []
         self._train_tokenizer(folder, progress)
         tokenizer = load.load_tokenizer(self._tokenizer_directory(folder), "task.model.tokenizer")
+        reads = frozenset(name for entry in self.entries for name in getattr(entry.method, "reads", ()))
+        given = Preparation(tokenizer, self.training, reads)
         for where, files in self._training_data().items():
+            path = self._train_file(folder, files)
+            if not path.is_file():
+                progress(f"reading {_names(files)}")
             with collect(problems):
-                self._write_blocks(folder, files, tokenizer, where, progress)
+                self.task.prepare_train(path, files, where, given)
+        path = self._held_out_file(folder)
+        if not path.is_file():
+            progress(f"reading {_names(self.task.data.eval)}")
         with collect(problems):
-            self._write_windows(folder, tokenizer, progress)
+            self.task.prepare_held_out(path, given)
         if isinstance(self.task.model.tokenizer, NewTokenizer):
             for name, reference in self.references.items():
                 if reference.model is not None:
@@ -95,6 +98,7 @@ class Plan:
                         load.check_same_vocabulary(tokenizer, reference.model, f"reference {name}")
         if problems:
             raise InputError(problems)
+        self._remark = self.task.remark(self._train_file(folder, self.task.data.train), self._held_out_file(folder))
 
     def jobs(self, folder: Path) -> list[Job]:
         """All jobs: references first, then for each seed every method, so that a partial comparison is paired.
@@ -115,14 +119,14 @@ class Plan:
         model = self.task.model
         described = model.written
         if model.from_scratch:
-            described += f", {_rounded(load.count_parameters(model.config))} parameters"
+            described += f", {_rounded(load.count_parameters(model.config, self.task.head))} parameters"
         if isinstance(model.tokenizer, NewTokenizer):
             described += f", byte-level BPE of {model.tokenizer.vocab_size:,} tokens learnt from the training data"
         train, held_out = (_names(paths) for paths in (self.task.data.train, self.task.data.eval))
         return {
-            "task": f"{self.task.kind.replace('_', ' ')}, sequences of {self.task.sequence_length} tokens",
+            "task": self.task.described,
             "model": described,
-            "data": f"trained on {train}, measured on {held_out}",
+            "data": f"trained on {train}, measured on {held_out}{self._remark}",
             "budget": f"{self.budget} in each run",
             "seeds": ", ".join(map(str, self.seeds)),
             "baseline": self.baseline,
@@ -171,16 +175,16 @@ class Plan:
         )
 
     def _job_task(self, folder: Path, files: tuple[Path, ...]) -> dict[str, Any]:
+        train, held_out = self.task.names
         return {
             "kind": self.task.kind,
             "model": self.task.model.spec,
             "tokenizer": str(self._tokenizer_directory(folder)),
             "train": [str(path) for path in files],
-            "train_blocks": str(self._blocks_file(folder, files)),
+            train: str(self._train_file(folder, files)),
             "eval": [str(path) for path in self.task.data.eval],
-            "held_out_windows": str(self._windows_file(folder)),
-            "text_field": self.task.data.text_field,
-            "sequence_length": self.task.sequence_length,
+            held_out: str(self._held_out_file(folder)),
+            **self.task.settings(),
             "training": self.training.model_dump(mode="json"),
         }
 
@@ -218,7 +222,7 @@ class Plan:
             return wanted
         values = [
             self._fingerprint(fingerprint.of_data, self.task.data.train),
-            self.task.data.text_field,
+            *self.task.reading().values(),
             wanted.model_dump(),
         ]
         return folder.resolve() / "tokenizer" / fingerprint.of_value([*values, fingerprint.versions()])[:20]
@@ -228,23 +232,29 @@ class Plan:
         values = [
             self._fingerprint(fingerprint.of_data, files),
             tokenizer,
-            self.task.data.text_field,
-            self.task.sequence_length,
+            *self._preparing(),
         ]
         return folder.resolve() / "tokens" / f"{fingerprint.of_value([*values, fingerprint.versions()])[:20]}-{name}"
 
-    def _blocks_file(self, folder: Path, files: tuple[Path, ...]) -> Path:
-        return self._prepared_file(folder, files, "blocks.npy")
+    def _preparing(self) -> list[Any]:
+        """What decides how data is turned into token ids, beside the data and the tokenizer."""
+        if self.task.kind == "language_modeling":
+            return list(self.task.settings().values())
+        # The classes are those of the training data.
+        return [self.task.kind, self.task.reading(), self._fingerprint(fingerprint.of_data, self.task.data.train)]
 
-    def _windows_file(self, folder: Path) -> Path:
-        return self._prepared_file(folder, self.task.data.eval, "windows.npz")
+    def _train_file(self, folder: Path, files: tuple[Path, ...]) -> Path:
+        return self._prepared_file(folder, files, self.task.suffixes[0])
+
+    def _held_out_file(self, folder: Path) -> Path:
+        return self._prepared_file(folder, self.task.data.eval, self.task.suffixes[1])
 
     def _train_tokenizer(self, folder: Path, progress: Callable[[str], None]) -> None:
         wanted, directory = self.task.model.tokenizer, self._tokenizer_directory(folder)
         if isinstance(wanted, Path) or directory.is_dir():
             return
         progress("training the tokenizer")
-        documents = read_documents(self.task.data.train, self.task.data.text_field, "task.data.train")
+        documents = self.task.texts(self.task.data.train, "task.data.train")
         tokenizer = load.train_tokenizer(documents, wanted.vocab_size)
         directory.parent.mkdir(exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix="."))
@@ -253,31 +263,6 @@ class Plan:
             temporary.rename(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-    def _write_blocks(
-        self,
-        folder: Path,
-        files: tuple[Path, ...],
-        tokenizer: PreTrainedTokenizerBase,
-        where: str,
-        progress: Callable[[str], None],
-    ) -> None:
-        path = self._blocks_file(folder, files)
-        at_least = self.training.batch_size
-        if path.is_file() and len(np.load(path, mmap_mode="r")) >= at_least:
-            return
-        progress(f"reading {_names(files)}")
-        documents = read_documents(files, self.task.data.text_field, where)
-        blocks = data.token_blocks(documents, tokenizer, self.task.sequence_length, at_least, where)
-        write_binary(path, lambda stream: np.save(stream, blocks, allow_pickle=False))
-
-    def _write_windows(self, folder: Path, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str], None]) -> None:
-        path = self._windows_file(folder)
-        if not path.is_file():
-            progress(f"reading {_names(self.task.data.eval)}")
-            documents = read_documents(self.task.data.eval, self.task.data.text_field, "task.data.eval")
-            windows = data.held_out_windows(documents, tokenizer, self.task.sequence_length, "task.data.eval")
-            write_binary(path, windows.save)
 
 
 def read_plan(path: Path | str) -> Plan:
@@ -308,7 +293,7 @@ def read_plan(path: Path | str) -> Plan:
         except ValidationError as error:
             problems += problems_of(error, kind, name)
 
-    listed = read_methods(values.get("methods"), folder, problems)
+    listed = read_methods(values.get("methods"), folder, problems, task_class(raw.get("task")))
     references = _read_references(listed, raw, values.get("references", {}), folder, problems)
     task, budget, training = values.get("task"), values.get("budget"), values.get("training", Training())
     if task is not None:
@@ -362,10 +347,18 @@ def _read_references(
 def _budget_problems(
     task: Task, training: Training, budget: Budget | None, references: dict[str, Reference]
 ) -> Iterator[Problem]:
-    step = training.batch_size * training.accumulate * (task.sequence_length - 1)
+    if training.normalize != "none" and not task.normalizes:
+        message = f"{training.normalize!r} means nothing to {task.kind}, whose methods give no weights to tokens."
+        yield Problem("training.normalize", message, "Leave it out.")
+    step = task.labels_of_a_step(training)
     budgets = {"budget": budget} | {f"references.{name}.budget": entry.budget for name, entry in references.items()}
     for where, entry in budgets.items():
-        if entry is not None and entry.unit in ("tokens_seen", "tokens_trained") and entry.amount < step:
+        if entry is None:
+            continue
+        if entry.unit not in task.units:
+            message = f"{task.kind} does not count {UNITS[entry.unit]}."
+            yield Problem(f"{where}.unit", message, f"Write one of {', '.join(task.units)}.")
+        elif step is not None and entry.unit in ("tokens_seen", "tokens_trained") and entry.amount < step:
             message = f"{int(entry.amount):,} {UNITS[entry.unit]} are less than one step, which takes {step:,}."
             yield Problem(f"{where}.amount", message, "Raise it, or lower batch_size or sequence_length.")
 

@@ -16,6 +16,7 @@ from tokenwise.cluster import connect, require_ray, worker_resources
 from tokenwise.comparison.local_jobs import cause_of_death
 from tokenwise.comparison.records import Job
 from tokenwise.comparison.run_folder import Executor, OnEvent, RunFolder
+from tokenwise.comparison.tasks import TASKS
 from tokenwise.files import write_text
 
 Files = dict[str, bytes]
@@ -92,7 +93,7 @@ class RayCluster(Executor):
 
 def _inputs(job: Job) -> dict[str, tuple[Path] | tuple[Path, str]]:
     """What a job reads, as arguments of `pack`, by the field of its task that says where it lies."""
-    names = ["tokenizer", "train_blocks", "held_out_windows", "reference"]
+    names = ["tokenizer", *TASKS[job.task["kind"]].names, "reference"]
     if isinstance(job.task["model"], str):
         names.append("model")
     inputs: dict[str, tuple[Path] | tuple[Path, str]] = {

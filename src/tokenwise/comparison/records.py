@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from tokenwise.comparison.quality import Quality, read_quality
 from tokenwise.files import write_text
 
 
@@ -32,7 +33,10 @@ class Job:
     """
 
     LOCATIONS: ClassVar[frozenset[str]] = frozenset(
-        {"model", "tokenizer", "train", "eval", "train_blocks", "held_out_windows", "method_folder", "reference"}
+        {
+            *("model", "tokenizer", "train", "eval", "train_blocks", "held_out_windows", "train_rows", "held_out_rows"),
+            *("method_folder", "reference"),
+        }
     )
 
     kind: Literal["run", "reference"]
@@ -80,39 +84,16 @@ class Costs:
 
 
 @dataclass
-class Quality:
-    """Held-out loss, always unweighted, per held-out document.
-
-    Args:
-        nll: summed negative log-likelihood of each document, in nats.
-        tokens: labels of each document.
-        bytes: UTF-8 bytes of each document that these labels cover.
-    """
-
-    nll: list[float]
-    tokens: list[int]
-    bytes: list[int]
-
-    @property
-    def nats_per_token(self) -> float:
-        return sum(self.nll) / sum(self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return sum(self.nll) / sum(self.bytes) / 0.6931471805599453
-
-
-@dataclass
 class Point:
-    """One evaluation on the way: the share of the budget spent, costs so far, and the losses in nats per token.
+    """One evaluation on the way: the share of the budget spent, costs so far, and the quality.
 
-    `held_out` is taken on the same documents every time (all of them, or the first ones up to a fixed number of
-    tokens); `train` is the mean unweighted training loss since the point before.
+    `held_out`, of the quality's `curve_measure`, is taken on the same items every time (all of them, or the first ones
+    up to a fixed number); `train` is the mean unweighted training loss since the point before, in nats per token.
     """
 
     share: float
     tokens_seen: int
-    tokens_trained: int
+    tokens_trained: int | None
     flops: float | None
     wall_seconds: float
     held_out: float
@@ -160,7 +141,7 @@ class Result:
         values["job"] = Job(**values["job"])
         values["costs"] = Costs(**values["costs"])
         if values["quality"] is not None:
-            values["quality"] = Quality(**values["quality"])
+            values["quality"] = read_quality(values["quality"])
         if values["reference_costs"] is not None:
             values["reference_costs"] = Costs(**values["reference_costs"])
         values["curve"] = [Point(**point) for point in values["curve"]]

@@ -59,7 +59,9 @@ def write_report(
         differences=_drawings([figures.difference_figure(conclusion, styles, wide) for wide in (True, False)]),
         examples=_examples(conclusion, results),
         versions=_versions(results),
-        loss=lambda value: "–" if value is None else plain(value, conclusion.decimals),
+        value=lambda value, decimals=None: "–" if value is None else plain(value, decimals or conclusion.decimals),
+        details=next((list(row.details) for row in conclusion.rows if row.details), []),
+        parts=next((list(row.groups) for row in conclusion.rows if row.groups), []),
         difference=lambda value: signed(value.mean, conclusion.decimals),
         interval=lambda value: _interval(value, conclusion.decimals),
         costs=_costs,
@@ -165,7 +167,12 @@ def _shares(weights: Mapping[str, float]) -> str:
 def _token(token: str, weight: float | None, top: float) -> dict[str, Any]:
     visible = token.replace("\t", "→\t").replace("\r", "␍").replace("\n", "↵\n") or "∅"
     if weight is None:
-        return {"text": visible, "share": None, "title": "first token: nothing predicts it", "kind": "none"}
+        return {
+            "text": visible,
+            "share": None,
+            "title": "not learnt: the first token, or one of a prompt",
+            "kind": "none",
+        }
     share = min(max(weight / top, 0.0), 1.0)
     return {
         "text": visible,

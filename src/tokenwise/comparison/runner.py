@@ -171,7 +171,8 @@ class _Display(AbstractContextManager["_Display"]):
         self._count()
         result = run.result()
         if result is not None and result.quality is not None:
-            outcome = f"{result.quality.nats_per_token:.4f} nats/token, {result.costs.wall_seconds:.1f} s"
+            measured = f"{result.quality.value:.4f} {result.quality.measure.unit}"
+            outcome = f"{measured}, {result.costs.wall_seconds:.1f} s"
         else:
             outcome = f"failed. {result.reason if result else ''}"
         if not self._console.is_terminal or (result is not None and result.status == "failed"):

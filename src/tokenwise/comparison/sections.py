@@ -60,35 +60,11 @@ Seeds = Annotated[
 ]  # fmt: skip
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
 
 
-def check_held_out(train: tuple[Path, ...], held_out: tuple[Path, ...], where: str) -> None:
-    """Refuse to train on the files that the result is measured on."""
-    shared = sorted(set(train) & set(held_out))
-    if shared:
-        fix = "Held-out text must not be trained on."
-        raise InputError(Problem(where, f"{str(path)!r} is also in task.data.eval.", fix) for path in shared)
-
-
-class Data(_Section):
-    """Where the text is."""
-
-    train: Files
-    """Text to train on: a path, a list of paths or a glob."""
-    eval: Files
-    """Held-out text to measure on."""
-    text_field: Annotated[str, Field(min_length=1)] = "text"
-    """Name of the field or column that holds the text."""
-
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        check_held_out(self.train, self.eval, ".train")
-        return self
-
-
-class NewTokenizer(_Section):
+class NewTokenizer(Section):
     """A tokenizer learnt from the training text."""
 
     train: Literal["byte_bpe"]
@@ -125,23 +101,29 @@ class Model:
 def _model(value: Any, info: ValidationInfo) -> Model:
     if isinstance(value, str) and value:
         directory = load.locate(value, _folder(info), "")
-        config = load.read_config(directory, "")
+        config = load.read_config(directory, "", _head(info))
         load.check_weights(directory, "")
         load.check_tokenizer_fits(config, load.load_tokenizer(directory, ""), "")
         return Model(value, str(directory), config, directory)
     if isinstance(value, Mapping):
-        return _new_model(_nested(_NewModel, value, info))
+        return _new_model(nested(_NewModel, value, info), _head(info))
     fix = "Write a directory, a hub id, or {config: {...}, tokenizer: ...} for a model made from scratch."
     raise InputError(Problem("", f"{shorten(value)} is not a model.", fix))
 
 
-def _new_model(made: _NewModel) -> Model:
+def _head(info: ValidationInfo) -> load.Head:
+    """What the task's models end with."""
+    assert info.context is not None
+    return "classification" if info.context.get("head") == "classification" else "causal"
+
+
+def _new_model(made: _NewModel, head: load.Head) -> Model:
     fields = dict(made.config)
     if isinstance(made.tokenizer, Path):
-        config = load.make_config(fields, load.load_tokenizer(made.tokenizer, ".tokenizer"), ".config")
+        config = load.make_config(fields, load.load_tokenizer(made.tokenizer, ".tokenizer"), ".config", head)
     else:
         size = made.tokenizer.vocab_size
-        config = load.make_config({"vocab_size": size, **fields}, None, ".config")
+        config = load.make_config({"vocab_size": size, **fields}, None, ".config", head)
         if config.get_text_config().vocab_size < size:
             message = f"{config.get_text_config().vocab_size} is too small for a tokenizer of {size} tokens."
             raise InputError(Problem(".config.vocab_size", message, "Leave it out, and it follows the tokenizer."))
@@ -154,46 +136,24 @@ def _tokenizer(value: Any, info: ValidationInfo) -> Path | NewTokenizer:
         load.load_tokenizer(directory, "")
         return directory
     if isinstance(value, Mapping):
-        return _nested(NewTokenizer, value, info)
+        return nested(NewTokenizer, value, info)
     fix = "Write a directory, or {train: byte_bpe, vocab_size: 2048}."
     raise InputError(Problem("", f"{shorten(value)} is not a tokenizer.", fix))
 
 
-def _config(fields: dict[str, Any]) -> dict[str, Any]:
-    load.make_config(fields, field="")
+def _config(fields: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    load.make_config(fields, field="", head=_head(info))
     return fields
 
 
-class _NewModel(_Section):
+class _NewModel(Section):
     config: Annotated[dict[str, Any], AfterValidator(_config)]
     """The model's type and sizes, such as {model_type: llama, hidden_size: 128, ...}."""
     tokenizer: Annotated[Path | NewTokenizer, PlainValidator(_tokenizer)]
     """A directory, or {train: byte_bpe, vocab_size: 2048}."""
 
 
-class Task(_Section):
-    """What is learnt, by which model, from what."""
-
-    kind: Literal["language_modeling"]
-    """The kind of task."""
-    model: Model
-    """A directory, a hub id, or {config: {...}, tokenizer: ...} for a model made from scratch."""
-    data: Data
-    """{train: ..., eval: ...}."""
-    sequence_length: Annotated[Whole, Field(ge=2)] = 512
-    """Tokens of a training sequence."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        limit = load.max_positions(self.model.config)
-        if limit is not None and self.sequence_length > limit:
-            message = f"{self.sequence_length} is more than the {limit} positions of the model."
-            fix = f"Write at most {limit}" + (", or raise the config's limit." if self.model.from_scratch else ".")
-            raise InputError(Problem(".sequence_length", message, fix))
-        return self
-
-
-class Training(_Section):
+class Training(Section):
     """How every method trains."""
 
     batch_size: Annotated[Whole, Field(ge=1)] = 8
@@ -218,7 +178,7 @@ class Training(_Section):
     """How often the held-out loss is taken, evenly over the budget, the end included."""
 
 
-class Budget(_Section):
+class Budget(Section):
     """How much every run may spend."""
 
     unit: Literal["tokens_seen", "tokens_trained", "steps", "flops"]
@@ -247,7 +207,7 @@ def _reference_model(value: Any, info: ValidationInfo) -> Path:
     return existing_reference(value, _folder(info), "")
 
 
-class Reference(_Section):
+class Reference(Section):
     """A model that methods compare with: trained on data of its own, or an existing one, which costs nothing."""
 
     train_on: Files | None = None
@@ -268,7 +228,6 @@ class Reference(_Section):
 
 _References = dict[Annotated[str, Field(min_length=1)], Reference]
 SECTIONS: dict[str, Any] = {
-    "task": Task,
     "training": Training,
     "budget": Budget,
     "seeds": Seeds,
@@ -276,7 +235,7 @@ SECTIONS: dict[str, Any] = {
     "methods": list[Any],
     "baseline": str,
 }
-"""What stands under each key of a plan; methods are built later, from the catalog."""
+"""What stands under each key of a plan, the task apart; methods are built later, from the catalog."""
 MISSING = {
     "task": "Write what to learn: {kind: language_modeling, model: ..., data: {train: ..., eval: ...}}.",
     "budget": "Write what every run may spend, such as {unit: tokens_seen, amount: 2000000}.",
@@ -310,7 +269,8 @@ def existing_reference(name: str, folder: Path, where: str) -> Path:
 _T = TypeVar("_T", bound=BaseModel)
 
 
-def _nested(kind: type[_T], value: Any, info: ValidationInfo) -> _T:
+def nested(kind: type[_T], value: Any, info: ValidationInfo) -> _T:
+    """A section inside another; an InputError names its fields from here on."""
     try:
         return kind.model_validate(value, context=info.context)
     except ValidationError as error:

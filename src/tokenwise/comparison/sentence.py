@@ -26,7 +26,7 @@ def answer(
 ) -> tuple[str, str | None]:
     """Say which method to use.
 
-    A method is named only when its loss is shown to be below the baseline's and, where it has a random control, below
+    A method is named only when its value is shown to be below the baseline's and, where it has a random control, below
     that one's too. Among several such methods with no difference shown, the cheaper one is named.
 
     Args:
@@ -49,11 +49,11 @@ def answer(
         why = f" ({_first_reason([base])})" if base else ""
         return f"No answer: no run of the baseline {baseline} finished{why}, so nothing can be compared with it.", None
     if base.verdict == "not finite":
-        return f"No answer: the held-out loss of the baseline {baseline} is not finite.", None
+        return f"No answer: the {base.measure.name} of the baseline {baseline} is not finite.", None
     candidates = [by_label[label] for label in compared]
     if not candidates:
-        loss = plain(base.nats_per_token or 0.0, decimals)
-        return f"Nothing to choose from: {baseline} ({loss} nats/token) is the only method.", None
+        value = plain(base.quality or 0.0, decimals)
+        return f"Nothing to choose from: {baseline} ({value} {base.measure.unit}) is the only method.", None
 
     proven = [row for row in candidates if row.verdict == "better" and row.beats_control]
     if proven:
@@ -68,7 +68,7 @@ def answer(
 
 
 def _one(row: Row, base: Row, decimals: int) -> str:
-    text = f"Use {row.label}: it lowers held-out loss against {base.label} by {_gain(row, decimals)} nats/token"
+    text = f"Use {row.label}: it lowers {base.measure.name} against {base.label} by {_gain(row, decimals)}"
     if row.versus_baseline:
         low, high = -row.versus_baseline.high, -row.versus_baseline.low
         text += f" ({LEVEL:.0%} interval {plain(low, decimals)} to {plain(high, decimals)})"
@@ -87,8 +87,9 @@ def _several(rows: list[Row], base: Row, decimals: int) -> tuple[str, str]:
     if told_apart:
         rows = sorted(rows, key=lambda row: row.relative_flops or 0.0)
     chosen, others = rows[0], rows[1:]
-    gains = listing([_gain(row, decimals) for row in rows])
-    shown = f"lower held-out loss against {base.label} (by {gains} nats/token), no difference is shown between them"
+    gains = listing([plain(-_difference(row), decimals) for row in rows])
+    shown = f"lower {base.measure.name} against {base.label} (by {gains} {base.measure.points}), no difference is shown"
+    shown += " between them"
     prices = listing([f"{row.label} {_price(row)}" for row in rows])
     if told_apart:
         cheap = "cheaper" if len(rows) == 2 else "cheapest"
@@ -102,7 +103,7 @@ def _none(candidates: Sequence[Row], base: Row, decimals: int) -> str:
     """Nothing beats the baseline and its own control."""
     undecided = [row for row in candidates if row.verdict == "no difference"]
     unproven = [row for row in candidates if row.verdict == "better"]
-    worse = [f"{row.label} ({_signed(row, decimals)} nats/token)" for row in candidates if row.verdict == "worse"]
+    worse = [f"{row.label} ({_signed(row, decimals)})" for row in candidates if row.verdict == "worse"]
     broken = [f"{row.label} {_BROKEN[row.verdict]}" for row in candidates if row.verdict in _BROKEN]
     parts = []
     if undecided:
@@ -110,7 +111,7 @@ def _none(candidates: Sequence[Row], base: Row, decimals: int) -> str:
         only = undecided[0].versus_baseline
         if only and len(undecided) == 1:
             low, high = (signed(value, decimals) for value in (only.low, only.high))
-            text += f" ({_signed(undecided[0], decimals)} nats/token, {LEVEL:.0%} interval {low} to {high})"
+            text += f" ({_signed(undecided[0], decimals)}, {LEVEL:.0%} interval {low} to {high})"
         parts.append(text)
     parts += [_unproven(row, base, decimals) for row in unproven]
     if worse and not parts:
@@ -132,7 +133,7 @@ _BROKEN = {
 
 def _unproven(row: Row, base: Row, decimals: int) -> str:
     """Better than the baseline, but not shown to be better than choosing at random."""
-    ahead = f"{row.label} is {_gain(row, decimals)} nats/token below {base.label}"
+    ahead = f"{row.label} is {_gain(row, decimals)} below {base.label}"
     if row.versus_control is None or not row.versus_control.finite:
         return f"no winner shown: {ahead}, but could not be compared with {row.control}, its random control"
     if row.versus_control.above_zero:
@@ -157,11 +158,11 @@ def _difference(row: Row) -> float:
 
 
 def _gain(row: Row, decimals: int) -> str:
-    return plain(-_difference(row), decimals)
+    return f"{plain(-_difference(row), decimals)} {row.measure.points}"
 
 
 def _signed(row: Row, decimals: int) -> str:
-    return signed(_difference(row), decimals)
+    return f"{signed(_difference(row), decimals)} {row.measure.points}"
 
 
 def _shown_worse(interval: Interval | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,16 +20,16 @@ class Spending:
 
     Args:
         budget: ``{"unit": "steps" | "tokens_seen" | "tokens_trained" | "flops", "amount": ...}``.
-        flops_per_step: of one optimizer step.
-        stats: where ``labels`` and ``labels_trained`` are being counted.
+        flops: gives the operations spent so far.
+        stats: where ``labels`` and ``labels_trained`` are being counted; the latter is not measured where it is not.
         device: where the model is.
     """
 
     def __init__(
-        self, budget: dict[str, Any], flops_per_step: int, stats: dict[str, float], device: torch.device
+        self, budget: dict[str, Any], flops: Callable[[], float], stats: dict[str, float], device: torch.device
     ) -> None:
         self._budget = budget
-        self._flops_per_step = flops_per_step
+        self._flops = flops
         self._stats = stats
         self._device = device
         self._memory = PeakMemory(device)
@@ -45,7 +46,7 @@ class Spending:
     def _amounts(self) -> dict[str, float]:
         return {
             "steps": self.steps,
-            "flops": self.steps * self._flops_per_step,
+            "flops": self._flops(),
             "tokens_seen": self._stats.get("labels", 0),
             "tokens_trained": self._stats.get("labels_trained", 0),
         }
@@ -64,7 +65,7 @@ class Spending:
             wall_seconds=self.seconds,
             peak_memory_bytes=self._memory.peak,
             tokens_seen=round(amounts["tokens_seen"]),
-            tokens_trained=round(amounts["tokens_trained"]),
+            tokens_trained=round(amounts["tokens_trained"]) if "labels_trained" in self._stats else None,
             steps=self.steps,
         )
 

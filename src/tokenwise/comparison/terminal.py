@@ -33,7 +33,7 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     longest = max(len(row.label) for row in conclusion.rows)
     table.add_column("method", overflow="fold", min_width=min(longest, 16), max_width=20)
-    table.add_column("nats/token", no_wrap=True)
+    table.add_column(_heading(conclusion), no_wrap=True)
     table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
@@ -47,7 +47,7 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
         )
         table.add_row(
             Text(row.label, style="bold" if row.label == conclusion.winner else ""),
-            _loss(row, conclusion.decimals, spread=wide),
+            _quality(row, conclusion, spread=wide),
             _differences(row, conclusion.decimals),
             _flops(row),
             _seconds(row),
@@ -56,11 +56,21 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     return table
 
 
-def _loss(row: Row, decimals: int, spread: bool) -> str:
-    if row.nats_per_token is None:
+def _heading(conclusion: Conclusion) -> str:
+    measure = conclusion.measure
+    return measure.unit if not conclusion.brief else f"{measure.name.replace(' ', chr(10), 1)}\n{measure.unit}"
+
+
+def _quality(row: Row, conclusion: Conclusion, spread: bool) -> str:
+    if row.quality is None:
         return "–"
-    around = "" if row.spread is None or not spread else f" ±{plain(row.spread, decimals)}"
-    return plain(row.nats_per_token, decimals) + around
+    around = "" if row.spread is None or not spread else f" ±{plain(row.spread, conclusion.decimals)}"
+    brief = [
+        f"\n{measure.name} {plain(row.details[measure], measure.decimals or conclusion.decimals)}"
+        for measure in conclusion.brief
+        if measure in row.details
+    ]
+    return plain(row.quality, conclusion.decimals) + around + "".join(brief)
 
 
 def _differences(row: Row, decimals: int) -> Text:

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenwise.comparison.records import Job, Result
+from tokenwise.comparison.tasks import TASKS
 from tokenwise.errors import InputError
-
-TASK_MODULES = {"language_modeling": "tokenwise.comparison.language_modeling"}
 
 
 def run_job(path: Path, out: int) -> Result:
@@ -45,8 +44,7 @@ def run_job(path: Path, out: int) -> Result:
 
     progress({"event": "start", "process": os.getpid()})
     try:
-        task = importlib.import_module(TASK_MODULES[job.task["kind"]])
-        result: Result = task.run(job, path.parent, progress)
+        result = TASKS[job.task["kind"]].run(job, path.parent, progress)
         result.model_dir = (path.parent / "model").relative_to(path.parent.parent.parent).as_posix()
     except Exception as error:
         traceback.print_exc()
@@ -102,8 +100,8 @@ def _serve() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     forks = _can_fork()
     if forks:
-        for module in TASK_MODULES.values():
-            importlib.import_module(module)
+        for task in TASKS.values():
+            importlib.import_module(task.runs_in)
     for line in sys.stdin:
         path = line.rstrip("\n")
         code = _fork(path) if forks else subprocess.call([sys.executable, "-m", __spec__.name, path])

@@ -1,4 +1,4 @@
-"""Making or loading what is trained: a causal language model and its tokenizer."""
+"""Making or loading what is trained: a causal language model or a classifier, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenwise.errors import InputError, Problem, missing_file, nearest
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 256 + len((EOS, PAD))
 """Of a byte-level tokenizer: every byte and the special tokens."""
+
+Head = Literal["causal", "classification"]
+"""What a model ends with: the prediction of the next token, or a choice between classes."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -59,8 +62,8 @@ def locate(name: str | Path, folder: Path | None = None, field: str = "model", w
         raise InputError(Problem(field, message, fix)) from error
 
 
-def read_config(directory: Path, field: str = "model") -> PreTrainedConfig:
-    """The configuration of a causal language model saved in `directory`.
+def read_config(directory: Path, field: str = "model", head: Head = "causal") -> PreTrainedConfig:
+    """The configuration of a causal language model saved in `directory`, or of one that can classify.
 
     Raises:
         InputError: without a readable config.json, or when it describes another kind of model.
@@ -78,12 +81,12 @@ def read_config(directory: Path, field: str = "model") -> PreTrainedConfig:
         model_type = values["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(Problem(field, f"{str(file)!r} is not a model configuration ({error!r}).")) from error
-    _check_model_type(model_type, f"{field} ({file.name})", values.get("architectures"))
+    _check_model_type(model_type, f"{field} ({file.name})", values.get("architectures"), head)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the config classes raise errors of many kinds of their own
         raise InputError(Problem(field, f"{str(file)!r} cannot be used: {_one_line(error)}.")) from error
-    _check_causal(config, field)
+    _check_direction(config, field, head)
     return config
 
 
@@ -112,7 +115,10 @@ def check_weights(directory: Path, field: str = "model") -> None:
 
 
 def make_config(
-    fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, field: str = "model.config"
+    fields: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    field: str = "model.config",
+    head: Head = "causal",
 ) -> PreTrainedConfig:
     """The configuration of a model made from scratch.
 
@@ -120,16 +126,17 @@ def make_config(
         fields: ``model_type`` and the fields of its config class.
         tokenizer: fills in vocab_size and the ids of BOS, EOS and padding where `fields` does not say them.
         field: the field to name in an error.
+        head: what the model is to end with.
 
     Raises:
-        InputError: for an unknown or non-causal model type, unknown fields, values that do not fit, or a vocab_size
+        InputError: for an unknown or unfit model type, unknown fields, values that do not fit, or a vocab_size
             that is too small for the tokenizer.
     """
     from transformers import CONFIG_MAPPING
 
     if "model_type" not in fields:
         raise InputError(Problem(f"{field}.model_type", "is missing.", "Write one such as llama or gpt2."))
-    _check_model_type(fields["model_type"], f"{field}.model_type")
+    _check_model_type(fields["model_type"], f"{field}.model_type", head=head)
     config_class = CONFIG_MAPPING[fields["model_type"]]
     known = {entry.name for entry in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     if "rope_parameters" in known:
@@ -146,8 +153,8 @@ def make_config(
         values = {"vocab_size": largest_id(tokenizer) + 1, **filled, **values}
     try:
         config = config_class(**values)
-        _check_causal(config, field)
-        count_parameters(config)
+        _check_direction(config, field, head)
+        count_parameters(config, head)
     except InputError:
         raise
     except Exception as error:  # the config and model classes raise errors of many kinds of their own
@@ -157,12 +164,12 @@ def make_config(
     return config
 
 
-def count_parameters(config: PreTrainedConfig) -> int:
+def count_parameters(config: PreTrainedConfig, head: Head = "causal") -> int:
     """How many parameters a model of this configuration has; nothing is allocated."""
     import torch
 
     with torch.device("meta"):
-        return int(_auto_model().from_config(copy.deepcopy(config)).num_parameters())
+        return int(_auto_model(head).from_config(copy.deepcopy(config)).num_parameters())
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -227,6 +234,80 @@ def load_model(name: str | Path, field: str = "model") -> PreTrainedModel:
 def has_tokenizer(directory: Path) -> bool:
     """Whether a tokenizer is saved in a directory."""
     return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def make_or_load_classifier(
+    spec: str | Path | Mapping[str, Any],
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str],
+    field: str = "model",
+) -> PreTrainedModel:
+    """The classifier to train, in fp32 on the CPU; see `make_or_load_model`.
+
+    Args:
+        spec: as there; a model saved without a classifier gets a new one on top.
+        seed: of all new weights; the global random state is left as it was.
+        tokenizer: must fit the model.
+        classes: names of the classes.
+        field: the field to name in an error.
+
+    Raises:
+        InputError: when the model cannot be made or loaded, does not fit the tokenizer, or classifies already, but not
+            into as many classes.
+    """
+    import torch
+
+    if isinstance(spec, Mapping):
+        config = make_config(spec["config"], tokenizer, f"{field}.config", "classification")
+    else:
+        directory = locate(spec, field=field)
+        config = read_config(directory, field, "classification")
+        check_tokenizer_fits(config, tokenizer, field)
+        check_weights(directory, field)
+        check_classes(config, len(classes), field)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: index for index, name in enumerate(classes)}
+    config.problem_type = "single_label_classification"
+    # Decoders classify by the last token that is no padding, and find it by this.
+    config.get_text_config().pad_token_id = padding_id(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if isinstance(spec, Mapping):
+            made: PreTrainedModel = _auto_model("classification").from_config(config, dtype=torch.float32)
+            return made
+        model, loading = _auto_model("classification").from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    inside = [name for name in loading["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
+    missing = sorted(name for name in inside if "pooler" not in name)
+    if missing:
+        raise InputError(Problem(field, f"the weights in {str(directory)!r} lack {', '.join(missing[:3])}."))
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check_classes(config: PreTrainedConfig, classes: int, field: str = "model") -> None:
+    """Check that a model that classifies already does so into as many classes.
+
+    Raises:
+        InputError: when it has another number.
+    """
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if classifies and config.num_labels != classes:
+        message = f"classifies into {config.num_labels} classes, and the training data has {classes}."
+        raise InputError(Problem(field, message, "Use the model it was made from, and it gets a new classifier."))
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What a batch is padded with: the tokenizer's padding, or EOS where it has none."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else int(found)
 
 
 def load_tokenizer(directory: str | Path, field: str = "tokenizer") -> PreTrainedTokenizerBase:
@@ -323,10 +404,18 @@ def check_same_vocabulary(
             raise InputError(Problem(field, message, fix))
 
 
-def _check_model_type(model_type: Any, field: str, architectures: list[str] | None = None) -> None:
+def _check_model_type(
+    model_type: Any, field: str, architectures: list[str] | None = None, head: Head = "causal"
+) -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFY
 
+    if head == "classification":
+        if not isinstance(model_type, str) or model_type not in CLASSIFY:
+            fix = nearest(str(model_type), CLASSIFY, "Write one such as bert, roberta, modernbert or llama.")
+            raise InputError(Problem(field, f"there is no classifier of model type {model_type!r}.", fix))
+        return
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         fix = nearest(str(model_type), CAUSAL, "Write one such as llama, gpt2 or qwen3.")
         raise InputError(Problem(field, f"there is no model type {model_type!r}.", fix))
@@ -336,9 +425,13 @@ def _check_model_type(model_type: Any, field: str, architectures: list[str] | No
         raise InputError(Problem(field, f"{what!r} is not a causal language model.", fix))
 
 
-def _check_causal(config: PreTrainedConfig, field: str) -> None:
+def _check_direction(config: PreTrainedConfig, field: str, head: Head) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
+    if head == "classification":
+        if config.is_encoder_decoder:
+            raise InputError(Problem(field, f"{config.model_type!r} is an encoder-decoder model.", "Use an encoder."))
+        return
     if config.is_encoder_decoder:
         fix = "Use a causal language model such as llama, gpt2 or qwen3."
         raise InputError(Problem(field, f"{config.model_type!r} is an encoder-decoder model.", fix))
@@ -348,10 +441,10 @@ def _check_causal(config: PreTrainedConfig, field: str) -> None:
         raise InputError(Problem(field, message, "Set is_decoder: true in its config, or use a causal model."))
 
 
-def _auto_model() -> Any:  # its stubs know nothing of output_loading_info
-    from transformers import AutoModelForCausalLM
+def _auto_model(head: Head = "causal") -> Any:  # its stubs know nothing of output_loading_info
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return AutoModelForCausalLM
+    return AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
 
 
 def _one_line(error: Exception) -> str:

@@ -234,8 +234,8 @@ class TokenWeights:
     """What a method makes of one text.
 
     Args:
-        weights: weight of each token; None for the first, which has no prediction.
-        nll: loss of each token in nats; None for the first, and where the method never computed it.
+        weights: weight of each token; None for the first, which has no prediction, and those without a label.
+        nll: loss of each token in nats; None for these too, and where the method never computed it.
     """
 
     weights: list[float | None]
@@ -244,7 +244,11 @@ class TokenWeights:
 
 @torch.no_grad()
 def token_weights(
-    model: PreTrainedModel, method: TokenWeighter, input_ids: Tensor | list[int], seed: int = 0
+    model: PreTrainedModel,
+    method: TokenWeighter,
+    input_ids: Tensor | list[int],
+    seed: int = 0,
+    labels: Tensor | list[int] | None = None,
 ) -> TokenWeights:
     """The weight that a method gives each token of a text, under the model as it is.
 
@@ -253,6 +257,7 @@ def token_weights(
         method: the method; its reference is loaded where it has one.
         input_ids: the text, [tokens] or [1, tokens], at least two tokens.
         seed: seed of the method's own draws.
+        labels: shaped as `input_ids`, -100 where nothing is to be learnt; every token but the first unless given.
 
     Raises:
         InputError: when the text is too short or the model cannot be weighed.
@@ -266,12 +271,18 @@ def token_weights(
     try:
         state = method.start(Run(seed, device=model.device, model=model))
         forward = WeightedForward(model, method, state, method.open_reference(model, state))
-        # Every token of a text has a label, so none attends to a prompt.
-        columns = {"prompt_attention": torch.zeros(ids.shape, device=ids.device)}
-        found = forward.weigh(last_hidden(model, input_ids=ids), shifted(ids, IGNORED), columns, (), {"input_ids": ids})
+        own = ids if labels is None else torch.as_tensor(labels, device=ids.device).view_as(ids)
+        targets, inputs = shifted(own, IGNORED), {"input_ids": ids}
+        if "prompt_attention" in method.reads:
+            outputs, attention = forward.run_with_prompt_attention(targets, own.eq(IGNORED), (), inputs)
+            hidden, columns = outputs.last_hidden_state, {"prompt_attention": attention}
+        else:
+            hidden, columns = last_hidden(model, **inputs), {}
+        found = forward.weigh(hidden, targets, columns, (), inputs)
     finally:
         model.train(was_training)
-    return TokenWeights(
-        weights=[None, *found.weights.tolist()],
-        nll=[None, *(None if math.isnan(value) else value for value in found.nll.tolist())],
-    )
+    weights: list[float | None] = [None] * ids.shape[1]
+    nll: list[float | None] = [None] * ids.shape[1]
+    for row, weight, loss in zip(found.rows.tolist(), found.weights.tolist(), found.nll.tolist(), strict=True):
+        weights[row + 1], nll[row + 1] = weight, None if math.isnan(loss) else loss
+    return TokenWeights(weights, nll)

@@ -138,7 +138,7 @@ class ClassWeighing(Weighing):
     def __init__(self, forward: ClassForward):
         super().__init__(cast(Any, forward))
         self.counts = forward.counts
-        self._sums = dict.fromkeys(("examples", "loss", "cross_entropy"), 0.0)
+        self._totals = dict.fromkeys(("examples", "loss", "cross_entropy"), 0.0)
 
     @property
     def progress(self) -> float:
@@ -163,12 +163,12 @@ class ClassWeighing(Weighing):
         nll = mean_over_classes(batch.nll()).double().sum()
         loss, cross_entropy = torch.stack([total.double(), nll]).tolist()
         for name, value in (("examples", batch.labels.shape[0]), ("loss", loss), ("cross_entropy", cross_entropy)):
-            self._sums[name] += value
-        count = max(self._sums["examples"], 1)
+            self._totals[name] += value
+        count = max(self._totals["examples"], 1)
         self.stats.update(
-            examples=self._sums["examples"],
-            loss=self._sums["loss"] / count,
-            cross_entropy=self._sums["cross_entropy"] / count,
+            examples=self._totals["examples"],
+            loss=self._totals["loss"] / count,
+            cross_entropy=self._totals["cross_entropy"] / count,
         )
 
 

@@ -1,0 +1,340 @@
+"""How good a trained model is on held-out items, item by item, so that items can be drawn anew.
+
+A task's quality is a function of sums over items: of losses and tokens, of errors in each class. Drawing items with
+replacement then is one matrix product, whatever the function. The measure that ranks is always a loss: lower is better.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a number says.
+
+    Args:
+        name: as a sentence uses it: ``held-out loss``.
+        unit: of its values.
+        definition: how it is computed, in whole sentences.
+        difference_unit: of differences, where that is another word.
+        decimals: how many to show; as many as the intervals deserve unless given.
+    """
+
+    name: str
+    unit: str
+    definition: str = ""
+    difference_unit: str = ""
+    decimals: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The name at the start of a line."""
+        return self.name[:1].upper() + self.name[1:]
+
+    @property
+    def points(self) -> str:
+        """The unit of a difference."""
+        return self.difference_unit or self.unit
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.unit}"
+
+
+def _percent(name: str, definition: str = "", decimals: int | None = 1) -> Measure:
+    return Measure(name, "%", definition, "percentage points", decimals)
+
+
+class Quality(ABC):
+    """Quality on held-out items, always unweighted."""
+
+    kind: str
+    item: ClassVar[str] = "example"
+    """What one item is called."""
+    brief: ClassVar[tuple[Measure, ...]] = ()
+    """Those of `details` that also belong in a table in the terminal."""
+
+    @property
+    @abstractmethod
+    def measure(self) -> Measure:
+        """What methods are ranked by; lower is better."""
+
+    @property
+    def curve_measure(self) -> Measure:
+        """What is measured on the way."""
+        return self.measure
+
+    @abstractmethod
+    def columns(self) -> Array:
+        """What each item adds to the sums, shape [items, columns]."""
+
+    @abstractmethod
+    def of_sums(self, sums: Array) -> Array:
+        """The measure from sums over items: shape [..., columns] to [...]."""
+
+    @abstractmethod
+    def identity(self) -> Hashable:
+        """Equal for two runs that were measured on the same items."""
+
+    @property
+    @abstractmethod
+    def held_out(self) -> str:
+        """How much was measured on, in words."""
+
+    def strata(self) -> NDArray[np.int64] | None:
+        """The group within which each item is drawn anew, shape [items]; None where all are one group."""
+        return None
+
+    @property
+    def items(self) -> int:
+        return len(self.columns())
+
+    @property
+    def value(self) -> float:
+        """The measure over all items."""
+        return float(self.of_sums(self.columns().sum(axis=0)))
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number behind it is."""
+        return bool(np.isfinite(self.columns()).all())
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        """Further measures of the whole, best known first. They carry no test."""
+        return {}
+
+    @property
+    def groups(self) -> dict[str, dict[Measure, float]]:
+        """Measures of parts, by the part's name."""
+        return {}
+
+
+LOSS = Measure(
+    "held-out loss",
+    "nats/token",
+    "The unweighted negative log-likelihood of the held-out documents, summed and divided by their tokens, after "
+    "training. Bits/byte divides by the text's bytes instead, so that it also compares across tokenizers.",
+)
+BITS = Measure("bits/byte", "bits/byte")
+
+
+@dataclass
+class TextLoss(Quality):
+    """Loss of held-out documents.
+
+    Args:
+        nll: summed negative log-likelihood of each document, in nats.
+        tokens: labels of each document.
+        bytes: UTF-8 bytes of each document that these labels cover.
+    """
+
+    nll: list[float]
+    tokens: list[int]
+    bytes: list[int]
+    kind: Literal["text_loss"] = "text_loss"
+
+    item: ClassVar[str] = "document"
+
+    @property
+    def measure(self) -> Measure:
+        return LOSS
+
+    @property
+    def nats_per_token(self) -> float:
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.nll) / sum(self.bytes) / 0.6931471805599453
+
+    @property
+    def value(self) -> float:
+        return self.nats_per_token
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        return {BITS: self.bits_per_byte}
+
+    def columns(self) -> Array:
+        return np.array([self.nll, self.tokens], dtype=np.float64).T
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def identity(self) -> Hashable:
+        return tuple(self.tokens)
+
+    @property
+    def held_out(self) -> str:
+        return f"{_count(len(self.tokens), 'document')}, {sum(self.tokens):,} tokens"
+
+
+RESPONSE_LOSS = Measure(
+    "response loss",
+    "nats/token",
+    "The unweighted negative log-likelihood of the held-out responses, summed and divided by their tokens, after "
+    "training. Prompts are read, not scored.",
+)
+EXACT_MATCH = _percent("exact match")
+WRONG_ANSWERS = _percent(
+    "wrong answers",
+    "The share of held-out rows whose answer, written by the model token by token (always the likeliest one), is not "
+    "exactly the expected one: what follows the last #### where the expected response has it, or else the whole text.",
+    None,
+)
+
+
+@dataclass
+class ResponseQuality(Quality):
+    """Loss of held-out responses, and whether the model's own answers match.
+
+    Args:
+        nll: summed negative log-likelihood of each row's response, in nats.
+        tokens: response tokens of each row.
+        correct: whether the answer the model wrote is the expected one.
+        metric: which of the two ranks.
+    """
+
+    nll: list[float]
+    tokens: list[int]
+    correct: list[bool]
+    metric: Literal["loss", "exact_match"] = "loss"
+    kind: Literal["response"] = "response"
+
+    item: ClassVar[str] = "row"
+    brief: ClassVar[tuple[Measure, ...]] = (EXACT_MATCH,)
+
+    @property
+    def measure(self) -> Measure:
+        return RESPONSE_LOSS if self.metric == "loss" else WRONG_ANSWERS
+
+    @property
+    def curve_measure(self) -> Measure:
+        return RESPONSE_LOSS
+
+    def columns(self) -> Array:
+        if self.metric == "loss":
+            return np.array([self.nll, self.tokens], dtype=np.float64).T
+        return np.array([[100.0 * (not right), 1.0] for right in self.correct])
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def identity(self) -> Hashable:
+        return tuple(self.tokens)
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.nll).all())
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        found = {EXACT_MATCH: 100 * sum(self.correct) / len(self.correct)}
+        return found if self.metric == "loss" else {**found, RESPONSE_LOSS: sum(self.nll) / sum(self.tokens)}
+
+    @property
+    def held_out(self) -> str:
+        return f"{_count(len(self.tokens), 'row')}, {sum(self.tokens):,} response tokens"
+
+
+MACRO_ERROR = _percent(
+    "macro-averaged error",
+    "In each class the share of held-out examples that are given another class; then the mean over the classes, so "
+    "that a rare class counts as much as a frequent one. Examples are drawn anew within their class.",
+    None,
+)
+ACCURACY = _percent("accuracy")
+MACRO_F1 = _percent("macro-F1")
+LOG_LOSS = Measure("log-loss", "nats/example", decimals=3)
+RECALL = _percent("recall")
+F1 = _percent("F1")
+
+
+@dataclass
+class ClassQuality(Quality):
+    """Predictions for held-out examples.
+
+    Args:
+        labels: class of each example, an index into `names`.
+        predictions: the class the model gives it.
+        log_loss: negative log-likelihood of the right class, in nats.
+        names: of the classes.
+    """
+
+    labels: list[int]
+    predictions: list[int]
+    log_loss: list[float]
+    names: list[str]
+    kind: Literal["classes"] = "classes"
+
+    brief: ClassVar[tuple[Measure, ...]] = (ACCURACY, MACRO_F1)
+
+    @property
+    def measure(self) -> Measure:
+        return MACRO_ERROR
+
+    def columns(self) -> Array:
+        own = np.eye(len(self.names))[self.labels]
+        wrong = np.not_equal(self.labels, self.predictions)
+        return np.concatenate([100 * own * wrong[:, None], own], axis=1)
+
+    def of_sums(self, sums: Array) -> Array:
+        errors, counts = np.split(sums, 2, axis=-1)
+        return np.asarray((errors / counts).mean(axis=-1))
+
+    def strata(self) -> NDArray[np.int64]:
+        # A rare class must not vanish from a draw: nothing could be said of it then.
+        return np.array(self.labels)
+
+    def identity(self) -> Hashable:
+        return tuple(self.labels), tuple(self.names)
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.log_loss).all())
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        right = np.equal(self.labels, self.predictions)
+        return {
+            ACCURACY: 100 * float(right.mean()),
+            MACRO_F1: float(np.mean([group[F1] for group in self.groups.values()])),
+            LOG_LOSS: float(np.mean(self.log_loss)),
+        }
+
+    @property
+    def groups(self) -> dict[str, dict[Measure, float]]:
+        labels, predictions = np.array(self.labels), np.array(self.predictions)
+        found = {}
+        for index, name in enumerate(self.names):
+            own, given = labels == index, predictions == index
+            both = int((own & given).sum())
+            recall, f1 = both / own.sum(), 2 * both / (own.sum() + given.sum())
+            found[name] = {RECALL: 100 * float(recall), F1: 100 * float(f1)}
+        return found
+
+    @property
+    def held_out(self) -> str:
+        rarest = int(np.bincount(self.labels, minlength=len(self.names)).min())
+        return f"{_count(len(self.labels), 'example')} of {len(self.names)} classes, {rarest:,} of the rarest"
+
+
+_KINDS: dict[str, type[Quality]] = {"text_loss": TextLoss, "response": ResponseQuality, "classes": ClassQuality}
+
+
+def read_quality(values: dict[str, Any]) -> Quality:
+    """The quality that `dataclasses.asdict` turned into plain values."""
+    return _KINDS[values.get("kind", "text_loss")](**values)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("s" if number != 1 else "")
