@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import tokenwise as tw
 from tokenwise import catalog
+from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Run, TokenBatch, TokenWeighter
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,8 +62,13 @@ def methods(reference: str) -> dict[str, TokenWeighter]:
 
 REQUIRED: dict[str, dict[str, Any]] = {}
 """Values of fields that have no default."""
-NOT_HERE = {"random": "draws anew for every batch"}
-"""Methods that cannot equal a reference that sees all sequences at once, and why."""
+NOT_HERE = {
+    "random": "draws anew for every batch",
+    "fault_aware": "needs both programs of a pair in one micro-batch",
+    "ss_token_previous_epoch": "refuses several processes, and has no history in its first step",
+}
+"""Methods that cannot be in the table, and why."""
+COLUMNS = ("loss_weights", "sample_id", "base_nll", "completion_mask", "difference")
 
 
 def _choices(owner: type, field: str) -> list[str]:
@@ -85,16 +92,26 @@ def columns() -> list[dict[str, torch.Tensor]]:
         {
             "loss_weights": torch.rand(len(ids), generator=generator, dtype=torch.float64).round(decimals=1),
             "sample_id": torch.full((len(ids),), index),
+            "base_nll": 4 * torch.rand(len(ids), generator=generator, dtype=torch.float64),
+            "reference_nll": 4 * torch.rand(len(ids), generator=generator, dtype=torch.float64),
+            "completion_mask": torch.randint(2, (len(ids),), generator=generator),
+            "difference": torch.randint(2, (len(ids),), generator=generator),
         }
         for index, (ids, _) in enumerate(sequences())
     ]
+
+
+def columns_of(method: TokenWeighter) -> list[str]:
+    """The side columns that `method` reads; losses of a reference are one of them where no model gives them."""
+    given = {"reference_nll"} if isinstance(method, tw.TokenCleaning) else set()
+    return sorted(method.reads & ({*COLUMNS} | given))
 
 
 def rows_of(method: TokenWeighter, layout: str) -> list[dict[str, torch.Tensor]]:
     """The sequences as a data set in `layout`, with the columns that the method reads."""
     pairs, side = sequences(), columns()
     rows = packed(pairs, len(pairs)) if layout == "packed" else padded(pairs, layout)
-    for name in method.reads & set(side[0]):
+    for name in columns_of(method):
         for index, row in enumerate(rows):
             if layout == "packed":
                 row[name] = torch.cat([values[name] for values in side])
@@ -116,29 +133,36 @@ def reference_step(
         for name, value in values.items():
             seen.setdefault(name, []).append(value)
 
+    given = columns_of(method)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
     for index, ((ids, labels), side) in enumerate(zip(sequences(), columns(), strict=True)):
-        kept = labels[1:] != -100
+        kept = labels[1:] != IGNORED
         target = labels[1:][kept]
         logits = model(ids[None]).logits[0, :-1][kept]
+        nll = F.cross_entropy(logits, target, reduction="none")
         top = logits.detach().topk(20).values.log_softmax(1)
-        with torch.no_grad():
-            reference_nll = F.cross_entropy(reference(ids[None]).logits[0, :-1][kept], target, reduction="none")
+        if "prompt_attention" in method.reads:
+            # Eager attention computes its softmax in fp32, so it serves for nothing else.
+            attention = eager(ids[None], output_attentions=True).attentions[-1][0].mean(0)[1:][kept].detach()
+            add(prompt_attention=attention[:, labels == IGNORED].sum(1))
         add(
-            nll=F.cross_entropy(logits, target, reduction="none"),
+            nll=nll,
             entropy=-(logits.softmax(1) * logits.log_softmax(1)).sum(1).detach(),
             top_entropy=-(top.exp() * top).sum(1),
-            reference_nll=reference_nll,
             labels=target,
             sequence=torch.full_like(target, index),
-            **{name: values[1:][kept] for name, values in side.items()},
+            **{name: side[name][1:][kept] for name in given},
         )
+        if "reference_nll" not in given:
+            add(reference_nll=_reference_nll(method, model, reference, ids, labels, nll))
     found = {name: torch.cat(values) for name, values in seen.items()}
     nll = found["nll"]
     names, sequence = torch.unique(found["sequence"], return_inverse=True)
     batch = TokenBatch(found["labels"], sequence, len(names), 0)
     for name in method.reads | {"nll"}:
         setattr(batch, name, found[name].detach())
-    weights = method.weights(batch, method.start(Run(seed=3))).detach()
+    weights = method.weights(batch, method.start(Run(seed=3, model=model))).detach()
     divisor = {
         "token_mean": torch.tensor(len(nll)),
         "weight_mean": weights.sum(),
@@ -156,11 +180,34 @@ def reference_step(
     return model
 
 
+def _reference_nll(
+    method: TokenWeighter,
+    model: LlamaForCausalLM,
+    reference: LlamaForCausalLM,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    nll: torch.Tensor,
+) -> torch.Tensor:
+    """What each label of a sequence costs the model that the method measures against."""
+    kept = labels[1:] != IGNORED
+    if isinstance(method, tw.SsTokenAverage):  # the average of the model over no step yet
+        return nll.detach()
+    with torch.no_grad():
+        if isinstance(method, tw.ContextualGap):  # the model itself, on the labelled tokens and the one before them
+            first = int(kept.nonzero()[0]) if kept.any() else 0
+            logits = torch.zeros(len(kept), model.config.vocab_size, dtype=torch.float64)
+            logits[first:] = model(ids[None, first:]).logits[0, :-1]
+        else:
+            logits = reference(ids[None]).logits[0, :-1]
+        return F.cross_entropy(logits[kept], labels[1:][kept], reduction="none")
+
+
 def two_ranks(folder: Path, reference: str) -> None:
     """Train every method for one step on two processes; the models are saved in `folder`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command = [*command, "--standalone", __file__, "--rank", str(folder), reference]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def rank(folder: Path, reference: str) -> None:

@@ -161,7 +161,7 @@ def test_measuring_waits_for_the_device_once(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     weights, nll = torch.rand(50, generator=generator), torch.rand(50, generator=generator)
     weights[:10], nll[:10] = 0, torch.nan
-    weighed = Weighed(torch.ones(()), torch.tensor(50.0), 50, weights, nll, torch.arange(50), weights.sum())
+    weighed = Weighed(torch.ones(()), torch.tensor(50.0), 50, weights, nll, torch.arange(50), weights.sum(), weights)
     with Waits() as waits:
         measured = measure(weighed)
     assert waits.count == 0

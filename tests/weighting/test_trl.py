@@ -142,7 +142,9 @@ def train(model, rows, method, tmp_path, *layout, resume=None, **options):
 def reference_step(model, rows, method, clip=0.0):
     """One SGD step on whole logits, each sample alone and unpadded: (loss, model)."""
     model = copy.deepcopy(model)
-    parts = {name: [] for name in ("nll", "entropy", "labels", "sequence", *tw.weighting.forward.COLUMNS)}
+    parts = {
+        name: [] for name in ("nll", "entropy", "labels", "sequence", "sample_id", "loss_weights", "reference_nll")
+    }
     for index, row in enumerate(rows):
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])[1:]
         kept = labels != -100

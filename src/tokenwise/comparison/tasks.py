@@ -176,10 +176,7 @@ class Task(Section, ABC):
         for column in sorted(reads & set(COLUMNS) - cls.columns - {"reference_nll"}):
             message = f"{method.card.id!r} needs a column {column}, which the data of {name} does not have."
             raise InputError(Problem(where, message))
-        # A method that opens its reference in its own way needs no field to name one.
-        named = isinstance(method, TokenWeighter) and type(method).open_reference is TokenWeighter.open_reference
-        column_alone = getattr(method, "without", None) == "column"
-        if "reference_nll" in reads and (named or column_alone) and not getattr(method, "reference", None):
+        if "reference_nll" in reads and isinstance(method, TokenWeighter) and not method.has_reference():
             message = f"{method.card.id!r} reads a reference model, but its field reference names none."
             raise InputError(Problem(where, message))
 

@@ -133,6 +133,10 @@ class TokenWeighter(Method):
         """The state of a new run; None for methods that accumulate nothing."""
         return None
 
+    def has_reference(self) -> bool:
+        """Whether `open_reference` gives something, so that `reference_nll` need not be a column of the data."""
+        return getattr(self, "reference", None) is not None
+
     def open_reference(
         self, model: PreTrainedModel, state: State | None, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Reference | None:

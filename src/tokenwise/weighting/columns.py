@@ -58,7 +58,8 @@ class TrainingColumns:
         if present is None:
             self.check = _Check(self.names, method.negative)
             return
-        optional = {"reference_nll"} if getattr(method, "reference", None) is not None else set()
+        own = isinstance(method, TokenWeighter) and method.has_reference()
+        optional = {"reference_nll"} if own or getattr(method, "reference", None) is not None else set()
         for name in self.names:
             if name in present or name in optional:
                 continue

@@ -58,6 +58,9 @@ class ContextualGap(TokenWeighter):
             raise ValueError("needs block_size exactly where without is 'blocks'")
         return self
 
+    def has_reference(self) -> bool:
+        return self.without != "column"
+
     def open_reference(
         self, model: PreTrainedModel, state: State | None, tokenizer: object = None
     ) -> LimitedContext | None:

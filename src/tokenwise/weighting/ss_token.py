@@ -96,6 +96,9 @@ class SsTokenAverage(_SsToken):
         assert run.model is not None
         return ParameterAverage(run.model, self.decay)
 
+    def has_reference(self) -> bool:
+        return True
+
     def open_reference(  # type: ignore[override]
         self, model: object, state: ParameterAverage, tokenizer: object = None
     ) -> ParameterAverage:
