@@ -16,7 +16,9 @@ def task(tmp_path_factory):
 def test_a_normalized_run_takes_steps_of_full_size(task, tmp_path, monkeypatch):
     handles = []
     plain = apply._weigh_model
-    monkeypatch.setattr(apply, "_weigh_model", lambda *given: handles.append(plain(*given)) or handles[-1])
+    monkeypatch.setattr(
+        apply, "_weigh_model", lambda *given, **named: handles.append(plain(*given, **named)) or handles[-1]
+    )
     found = {}
     for normalize in ("none", "mean"):
         job = make_job(task, "dft", steps=2, normalize=normalize)

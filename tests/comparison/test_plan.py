@@ -201,7 +201,7 @@ def test_a_listed_control_is_not_added_again(folder):
         ([], "methods: lists no method."),
         ("dft", "methods: 'dft' is not a list. Write ['dft'], for example."),
         (["loss_weights"], "methods[0]: 'weighting/loss_weights' needs a column loss_weights"),
-        (["ceu"], "methods[0]: 'weighting/ceu' is a loss of its own"),
+        (["ceu"], "methods[0]: 'weighting/ceu' gives a loss of its own"),
         ([{"label": "x"}], "methods[0]: has a label but no method."),
         ([{"label": 3, "method": "dft"}], "methods[0].label: 3 is not text. Write it in quotes."),
         ([{"label": "x", "method": "dft", "keep": 1}], "methods[0].keep: is no part of it."),

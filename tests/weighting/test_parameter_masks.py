@@ -16,6 +16,7 @@ import tokenwise as tw
 from tokenwise import catalog
 from tokenwise.cli.methods import comparable, python_line
 from tokenwise.comparison.entries import read_methods
+from tokenwise.comparison.tasks import LanguageModeling
 from tokenwise.errors import InputError
 from tokenwise.weighting.parameter_masks import (
     LargestGradients,
@@ -263,5 +264,5 @@ def test_the_catalog_says_how_to_use_them(monkeypatch):
     )
     monkeypatch.setattr(catalog, "entries", lambda: {entry["id"]: entry for entry in entries.values()})
     problems = []
-    read_methods(["wagle"], Path(), problems)
-    assert "chooses parameters, not tokens" in str(problems[0])
+    read_methods(["wagle"], Path(), problems, LanguageModeling)
+    assert "gives masks of parameters" in str(problems[0])

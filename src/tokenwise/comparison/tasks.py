@@ -35,6 +35,8 @@ KINDS_OF_METHODS = {
     "weights": "weights of tokens",
     "pointwise": "weights of tokens",
     "classes": "losses over the classes of examples",
+    "objective": "a loss of its own",
+    "masks": "masks of parameters",
 }
 """What a weighting method gives, by its `kind`, in words."""
 
@@ -167,6 +169,8 @@ class Task(Section, ABC):
         if kind not in cls.trains and not isinstance(method, load_class("weighting/uniform")):
             others = [other for other, task in TASKS.items() if kind in task.trains]
             fix = f"Compare it in a task of kind {others[0]}." if others else "No task compares it yet."
+            if "forget" in getattr(method, "reads", ()):
+                fix = "It is for unlearning: see `tokenwise unlearn`."
             gives, wants = KINDS_OF_METHODS.get(kind, kind), KINDS_OF_METHODS[min(cls.trains)]
             raise InputError(Problem(where, f"{method.card.id!r} gives {gives}; {name} compares {wants}.", fix))
         reads: frozenset[str] = getattr(method, "reads", frozenset())

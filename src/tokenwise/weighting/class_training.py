@@ -38,6 +38,7 @@ class ClassForward:
     """
 
     pending = None  # denominators are known from the labels, so no gradient needs a correction
+    normalize = "none"
 
     def __init__(
         self, model: Any, method: ClassObjective, state: State | None, counts: Tensor | None, multi_label: bool

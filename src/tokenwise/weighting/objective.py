@@ -94,6 +94,7 @@ class ObjectiveForward:
     state = None
     scored = None
     pending: Tensor | None = None
+    normalize = "none"
 
     def __init__(
         self, model: PreTrainedModel, method: Objective, reference: FrozenStates | None, low_memory: bool = False

@@ -142,6 +142,8 @@ class WeighMixin:
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        # SFTTrainer makes labels of masks, and drops these.
+        names = [name for name in names if name in get_dataset_column_names(dataset)]
         check_columns(dataset, names, negative=True, first_is_read=packing and args.packing_strategy == "wrapped")
         options = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
 
