@@ -52,6 +52,24 @@ def test_a_method_is_found_by_name_id_and_class(name):
     assert catalog.find(name)["class"] == "ExcessLoss"
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("profit", "pro_fit"),
+        ("PROFIT", "pro_fit"),
+        ("satimp", "sat_imp"),
+        ("simnpo", "sim_npo"),
+        ("kl_dro", "kldro"),
+        ("UN-DIAL", "undial"),
+        ("Ldam", "ldam"),
+        ("WGA_", "wga"),
+    ],
+)
+def test_names_that_differ_in_case_and_underscores_are_suggested(word, expected):
+    with pytest.raises(InputError, match=f"Did you mean '{expected}'"):
+        catalog.find(word)
+
+
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(
         InputError, match=r"methods\[2\]: there is no method 'exces_loss'. Did you mean 'excess_loss'\?"

@@ -39,14 +39,22 @@ class InputError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """A sentence that suggests the known word closest to `word`; where none is close, `otherwise`, or what is known."""
+    """A sentence that suggests the known word closest to `word`; where none is close, `otherwise`, or what is known.
+
+    A word that differs in nothing but case, underscores and hyphens is the closest.
+    """
     known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    same = [name for name in known if _letters(name) == _letters(word)]
+    close = same or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"Did you mean {close[0]!r}?"
     if otherwise is not None:
         return otherwise
     return "Known: " + ", ".join(known) + "." if known else ""
+
+
+def _letters(word: str) -> str:
+    return word.replace("_", "").replace("-", "").casefold()
 
 
 def missing_file(field: str, path: str | Path) -> Problem:

@@ -1,5 +1,7 @@
 import ast
 import io
+import itertools
+import json
 import math
 import re
 
@@ -111,3 +113,135 @@ def test_unusable_input_is_one_clear_message(saved_model, capsys, text, argument
 def test_missing_model_is_named(tmp_path, capsys):
     assert main(["explain", str(tmp_path / "absent"), "some text", "--method", "uniform"]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+CHAT = {"messages": [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "return 1 + 23"}]}
+
+
+@pytest.fixture(scope="module")
+def chat_model(saved_model, tmp_path_factory):
+    """The same model, with a chat template and room for a chat."""
+    from transformers import AutoTokenizer
+
+    from tokenwise.models.load import make_or_load_model
+
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = AutoTokenizer.from_pretrained(saved_model)
+    tokenizer.chat_template = TEMPLATE
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "llama", "max_position_embeddings": 128, **sizes}
+    make_or_load_model({"config": config}, seed=0, tokenizer=tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def weighted_text(view):
+    """The text of the tokens that have a weight, and of those that have none."""
+    pairs = list(zip(view.tokens, view.weights, strict=True))
+    return tuple(
+        "".join(text for text, weight in pairs if (weight is None) == is_prompt) for is_prompt in (False, True)
+    )
+
+
+def test_only_the_responses_of_a_chat_have_weights(chat_model, tmp_path, capsys):
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    rows.write_text(json.dumps(CHAT) + '\n{"never": "read"}\n', encoding="utf-8")
+    assert main(["explain", chat_model, "--chat", str(rows), "--method", "uniform", "--html", str(page)]) == 0
+    shown = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:-2]]
+    learnt = "".join(ast.literal_eval(token) for weight, _, token in shown if weight != "-")
+    assert learnt == "return 1 + 23<|endoftext|>\n"
+    prompt = "".join(ast.literal_eval(token) for weight, _, token in shown if weight == "-")
+    assert prompt == "[user] def f<|endoftext|>\n[assistant] "
+    assert page.read_text(encoding="utf-8").count('class="prompt" title="read, not learnt"') > 5
+
+
+def test_prompt_and_completion_are_weighed_apart(chat_model):
+    row = {"prompt": "def f", "completion": " return 1"}
+    view = explain.explain(chat_model, row, "weighted_instruction_tuning", {})
+    weights = view.weights[1:]
+    assert weights == [pytest.approx(0.2)] * weights.count(weights[0]) + [pytest.approx(0.8)] * weights.count(
+        weights[-1]
+    )
+    assert weights[0] < weights[-1]
+
+
+def test_rules_weigh_roles_and_patterns(chat_model):
+    rules = [{"role": "assistant", "weight": 1}, {"pattern": "[0-9]+", "weight": 3}]
+    view = explain.explain(chat_model, CHAT, "loss_weights", {}, rules)
+    assert weighted_text(view)[0].strip() == "return 1 + 23<|endoftext|>"
+    heavy = "".join(text for text, weight in zip(view.tokens, view.weights, strict=True) if weight == 3)
+    assert heavy.replace(" ", "") == "123"
+    asked = {"question": "def f", "answer": "return 1 + 23"}
+    assert explain.explain(chat_model, asked, "loss_weights", {}, rules).weights == view.weights
+    text = explain.explain(chat_model, "def 12", "loss_weights", {}, [{"pattern": "12", "weight": 5}])
+    assert {text.weights[-1], *text.weights[1:]} == {5.0, 1.0}
+
+
+def test_a_row_brings_its_own_weight(chat_model):
+    view = explain.explain(chat_model, {**CHAT, "weight": 2}, "loss_weights", {})
+    assert {weight for weight in view.weights if weight is not None} == {2.0}
+
+
+def test_attention_to_the_prompt_is_shown(chat_model, tmp_path, capsys):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([CHAT]), encoding="utf-8")
+    arguments = ["--method", "ss_token", "-p", f"reference={chat_model}"]
+    assert main(["explain", chat_model, "--chat", str(rows), *arguments]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"weight +nats +prompt +token", output)
+    shares = [float(line.split()[2]) for line in output.splitlines()[2:-1] if line.split()[0] != "-"]
+    # A random model attends evenly: the prompt's share falls with every token of the response.
+    assert all(0 < later < earlier < 1 for earlier, later in itertools.pairwise(shares))
+
+
+@pytest.mark.parametrize(
+    ("method", "column"),
+    [
+        ("loss_weights", "'loss_weights'.*--rules"),
+        ("glow", "'sample_id'.*logs"),
+        ("token_cleaning", "'base_nll'.*scored"),
+        ("weighted_instruction_tuning", "'completion_mask'.*--chat"),
+        ("fault_aware_static", "'difference'.*fault_pair"),
+        ("ss_token_average", "'prompt_attention'.*--chat"),
+        ("npo", "tokenwise unlearn"),
+        ("ldam", "task classification"),
+        ("wagle", "mask_parameters"),
+    ],
+)
+def test_what_a_method_would_miss_is_named_before_the_model_is_looked_for(method, column):
+    with pytest.raises(InputError, match=column):
+        explain.explain("/no/such/model", "some text", method, {})
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "message"),
+    [
+        (CHAT, ["--rules", "[{]"], "--rules.*is not JSON"),
+        (CHAT, ["--rules", '{"weight": 1}'], "is not a list of rules"),
+        (CHAT, ["--rules", '[{"weight": 0}]'], "leave no predicted token"),
+        (CHAT, ["--rules", '[{"wait": 0}]'], "Did you mean 'weight'"),
+        ({"messages": ["x"]}, ["--rules", "[]"], "not a list of .role"),
+        ({"prompt": "a", "completion": "b"}, ["--rules", "[]"], "need a row with messages"),
+        ({**CHAT, "weight": "x"}, [], "not a number of at least 0"),
+        ({"text": "x", "weight": 1}, [], "Rows have messages"),
+    ],
+)
+def test_unusable_rows_and_rules_are_one_clear_message(chat_model, tmp_path, capsys, row, arguments, message):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row), encoding="utf-8")
+    assert main(["explain", chat_model, "--chat", str(rows), "--method", "loss_weights", *arguments]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_text_or_a_chat_is_needed(tmp_path, capsys):
+    assert main(["explain", "./model", "--method", "uniform"]) == 2
+    assert main(["explain", "./model", "text", "--chat", "rows.jsonl", "--method", "uniform"]) == 2
+    assert capsys.readouterr().err.count("not both") == 2
+    plain = tmp_path / "rows.txt"
+    plain.write_text("text", encoding="utf-8")
+    assert main(["explain", "./model", "--chat", str(plain), "--method", "uniform"]) == 2
+    assert "neither .json nor .jsonl" in capsys.readouterr().err

@@ -59,3 +59,16 @@ def test_page_holds_everything_itself(tmp_path):
     assert html.unescape(re.sub(r"<[^>]*>", "", body)).strip("\n") == "a<b c↵\n[bold]d"
     assert 'title="weight 1.5, 4 nats"' in body
     assert "--s:100" in body
+
+
+def test_prompts_stand_back_and_their_attention_is_shown(printed, tmp_path):
+    view = TokenView("chat", ["ask", "me", "yes"], [None, None, 1.0], [None, None, 0.5], [None, None, 0.25])
+    out = printed(view, force_terminal=True, color_system="truecolor")
+    assert "\x1b[2;3mask\x1b[0m\x1b[2;3mme\x1b[0m" in out
+    assert "\x1b[2;3mread, not learnt\x1b[0m" in out
+    numbers = printed(view, force_terminal=False).splitlines()
+    assert numbers[1:5:3] == ["  weight    nats  prompt  token", "       1     0.5    0.25  'yes'"]
+    write_html(tmp_path / "page.html", view)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('class="prompt" title="read, not learnt"') == 2
+    assert 'title="weight 1, 0.5 nats, 0.25 of its attention on the prompt"' in page

@@ -22,14 +22,22 @@ class TokenView:
     Args:
         title: which method with which fields, on which model.
         tokens: the text of each token; joined they are the whole text.
-        weights: weight of each token's loss, at least 0; None for a token that is not predicted (the first).
+        weights: weight of each token's loss, at least 0; None for a token that is not learnt: the first, and prompts.
         nll: negative log-likelihood of each token in nats; None where the weight is None.
+        prompt_attention: share of its attention that each token pays to the prompt; None where the method does not
+            ask.
     """
 
     title: str
     tokens: Sequence[str]
     weights: Sequence[float | None]
     nll: Sequence[float | None]
+    prompt_attention: Sequence[float | None] | None = None
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether tokens beside the first are read without being learnt."""
+        return any(weight is None for weight in self.weights[1:])
 
     @property
     def largest(self) -> float:
@@ -42,12 +50,22 @@ class TokenView:
     def summary(self) -> str:
         """Count, mean weight, share of tokens with a weight above 0, and mean loss, in one line."""
         weights = [weight for weight in self.weights if weight is not None]
-        losses = [loss for loss in self.nll if loss is not None]
         kept = sum(weight > 0 for weight in weights) / len(weights)
-        return (
-            f"{len(weights)} predicted tokens, mean weight {sum(weights) / len(weights):.3g}, "
-            f"{kept:.0%} with a weight above 0, mean loss {sum(losses) / len(losses):.3g} nats/token"
-        )
+        parts = [
+            f"{len(weights)} {'learnt' if self.has_prompt else 'predicted'} tokens",
+            f"mean weight {_mean(self.weights)}",
+            f"{kept:.0%} with a weight above 0",
+        ]
+        if any(loss is not None for loss in self.nll):
+            parts.append(f"mean loss {_mean(self.nll)} nats/token")
+        if self.prompt_attention is not None:
+            parts.append(f"mean attention to the prompt {_mean(self.prompt_attention)}")
+        return ", ".join(parts)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3g}"
 
 
 def print_view(console: Console, view: TokenView) -> None:
@@ -59,9 +77,13 @@ def print_view(console: Console, view: TokenView) -> None:
 
 
 def _print_numbers(console: Console, view: TokenView) -> None:
-    lines = [view.title, "  weight    nats  token"]
-    for token, weight, loss in zip(view.tokens, view.weights, view.nll, strict=True):
-        lines.append(f"{_number(weight):>8}{_number(loss):>8}  {token!r}")
+    names, columns = ["weight", "nats"], [view.weights, view.nll]
+    if view.prompt_attention is not None:
+        names.append("prompt")
+        columns.append(view.prompt_attention)
+    lines = [view.title, "".join(f"{name:>8}" for name in names) + "  token"]
+    for token, *values in zip(view.tokens, *columns, strict=True):
+        lines.append("".join(f"{_number(value):>8}" for value in values) + f"  {token!r}")
     lines.append(view.summary())
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -88,12 +110,14 @@ def _legend(view: TokenView) -> Text:
     for step in range(5):
         weight = view.largest * step / 4
         legend.append(f" {_number(weight)} ", _style(view, weight))
+    if view.has_prompt:
+        return legend.append("  ").append("read, not learnt", _style(view, None))
     return legend.append("  the first token is not predicted and has none")
 
 
 def _style(view: TokenView, weight: float | None) -> str:
     if weight is None:
-        return ""
+        return "dim italic" if view.has_prompt else ""
     if weight == 0:
         return "dim"
     share = view.strength(weight)
@@ -114,10 +138,16 @@ def write_html(path: Path, view: TokenView) -> None:
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.PackageLoader("tokenwise.cli", "."), autoescape=True)
+    attended = view.prompt_attention or [None] * len(view.tokens)
     rows = [
-        {"text": token.replace("\n", "↵\n"), "weight": _number(weight), "nll": _number(loss)}
-        | {"share": None if weight is None else round(100 * view.strength(weight))}
-        for token, weight, loss in zip(view.tokens, view.weights, view.nll, strict=True)
+        {
+            "text": token.replace("\n", "↵\n"),
+            "weight": _number(weight),
+            "share": None if weight is None else round(100 * view.strength(weight)),
+            "nll": _number(loss),
+            "attention": _number(attention),
+        }
+        for token, weight, loss, attention in zip(view.tokens, view.weights, view.nll, attended, strict=True)
     ]
     steps = [{"share": 25 * step, "weight": _number(view.largest * step / 4)} for step in range(5)]
     page = environment.get_template("explain.html").render(view=view, rows=rows, steps=steps)

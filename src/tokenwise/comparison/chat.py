@@ -171,11 +171,11 @@ def read_responses(
                 tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text, _ in conversation.parts
             ]
             own = [token for piece in pieces for token in piece]
-            row_weights = _weights(row, len(own))
+            own_weights = row_weights(row, len(own))
         except _Unusable as problem:
             findings.add(where, f"{problem.args[0]}.", *problem.args[1:])
             continue
-        begun[row_weights is not None] = where
+        begun[own_weights is not None] = where
         learnt = [
             token if learn else -100
             for piece, (_, learn) in zip(pieces, conversation.parts, strict=True)
@@ -188,8 +188,8 @@ def read_responses(
             continue
         ids += own
         labels += learnt
-        weights += (row_weights or [])[:max_length]
-        weighted = weighted and row_weights is not None
+        weights += (own_weights or [])[:max_length]
+        weighted = weighted and own_weights is not None
         ends.append(len(ids))
         prompts.append(min(sum(map(len, pieces[:-1])), max_length))
         answers.append(conversation.answer)
@@ -207,8 +207,12 @@ def read_responses(
     )
 
 
-def _weights(row: Mapping[str, Any], tokens: int) -> list[float] | None:
-    """The row's weight for each of its tokens, or None."""
+def row_weights(row: Mapping[str, Any], tokens: int) -> list[float] | None:
+    """The row's weight for each of its tokens (``loss_weights``, or one ``weight``), or None.
+
+    Raises:
+        ValueError: with what is wrong with the row, and the way out.
+    """
     if (given := row.get("loss_weights")) is not None:
         if not isinstance(given, list) or not all(_is_weight(value) for value in given):
             raise _Unusable("field 'loss_weights' is not a list of numbers of at least 0")

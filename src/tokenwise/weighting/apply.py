@@ -26,7 +26,7 @@ from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 def weigh(
@@ -236,10 +236,13 @@ class TokenWeights:
     Args:
         weights: weight of each token; None for the first, which has no prediction, and those without a label.
         nll: loss of each token in nats; None for these too, and where the method never computed it.
+        prompt_attention: share of its attention that each token pays to unlabelled tokens before it; None for methods
+            that do not read it.
     """
 
     weights: list[float | None]
     nll: list[float | None]
+    prompt_attention: list[float | None] | None = None
 
 
 @torch.no_grad()
@@ -249,6 +252,7 @@ def token_weights(
     input_ids: Tensor | list[int],
     seed: int = 0,
     labels: Tensor | list[int] | None = None,
+    columns: Mapping[str, Tensor | Sequence[float]] | None = None,
 ) -> TokenWeights:
     """The weight that a method gives each token of a text, under the model as it is.
 
@@ -258,9 +262,11 @@ def token_weights(
         input_ids: the text, [tokens] or [1, tokens], at least two tokens.
         seed: seed of the method's own draws.
         labels: shaped as `input_ids`, -100 where nothing is to be learnt; every token but the first unless given.
+        columns: what the method reads of the data (``loss_weights`` and the like), shaped as `input_ids`, index t
+            speaking of token t.
 
     Raises:
-        InputError: when the text is too short or the model cannot be weighed.
+        InputError: when the text is too short, a column is missing, or the model cannot be weighed.
     """
     ids = torch.as_tensor(input_ids, device=model.device).reshape(1, -1)
     if ids.shape[1] < 2:
@@ -273,16 +279,25 @@ def token_weights(
         forward = WeightedForward(model, method, state, method.open_reference(model, state))
         own = ids if labels is None else torch.as_tensor(labels, device=ids.device).view_as(ids)
         targets, inputs = shifted(own, IGNORED), {"input_ids": ids}
+        given = {
+            name: shifted(torch.as_tensor(values, device=ids.device).reshape(ids.shape), 0)
+            for name, values in (columns or {}).items()
+        }
         if "prompt_attention" in method.reads:
             outputs, attention = forward.run_with_prompt_attention(targets, own.eq(IGNORED), (), inputs)
-            hidden, columns = outputs.last_hidden_state, {"prompt_attention": attention}
+            hidden, given["prompt_attention"] = outputs.last_hidden_state, attention
         else:
-            hidden, columns = last_hidden(model, **inputs), {}
-        found = forward.weigh(hidden, targets, columns, (), inputs)
+            hidden = last_hidden(model, **inputs)
+        found = forward.weigh(hidden, targets, given, (), inputs)
     finally:
         model.train(was_training)
     weights: list[float | None] = [None] * ids.shape[1]
     nll: list[float | None] = [None] * ids.shape[1]
     for row, weight, loss in zip(found.rows.tolist(), found.weights.tolist(), found.nll.tolist(), strict=True):
         weights[row + 1], nll[row + 1] = weight, None if math.isnan(loss) else loss
-    return TokenWeights(weights, nll)
+    if "prompt_attention" not in method.reads:
+        return TokenWeights(weights, nll)
+    attended: list[float | None] = [None] * ids.shape[1]
+    for row, share in zip(found.rows.tolist(), given["prompt_attention"].reshape(-1)[found.rows].tolist(), strict=True):
+        attended[row + 1] = share
+    return TokenWeights(weights, nll, attended)
