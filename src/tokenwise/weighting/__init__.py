@@ -23,6 +23,7 @@ _PUBLIC = {
     "WeighMixin": "sft_trainer",
     "Weighing": "weighing",
     "align_new_rows": "weight_aligning",
+    "clean_tokens": "token_cleaning",
     "fault_pair": "fault_aware",
     "fila_initialize": "fila",
     "load_masks": "parameter_masks",
