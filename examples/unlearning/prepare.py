@@ -84,6 +84,7 @@ def train(folder: Path, records: list[dict[str, str]]) -> None:
         warmup_steps=STEPS // 20,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=True,
         logging_steps=STEPS // 5,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=0,
