@@ -1,3 +1,4 @@
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -8,13 +9,17 @@ from tokenwise.comparison.quality import (
     ACCURACY,
     EXACT_MATCH,
     F1,
+    FORGET_PROBABILITY,
     LOG_LOSS,
     MACRO_F1,
     RECALL,
     RESPONSE_LOSS,
+    RETAIN_LOSS,
+    RETAIN_PROBABILITY,
     ClassQuality,
     ResponseQuality,
     TextLoss,
+    UnlearningQuality,
     read_quality,
 )
 from tokenwise.comparison.records import Job, Result
@@ -71,9 +76,46 @@ def test_responses_rank_by_loss_or_by_wrong_answers():
     assert match.measure.name == "wrong answers"
 
 
+def unlearnt(forget, retain):
+    """Answers of two tokens with these probabilities (the geometric mean over both)."""
+    nll = [-2 * math.log(probability) if probability else 2000.0 for probability in (*forget, *retain)]
+    return UnlearningQuality(nll, [2] * len(nll), [True] * len(forget) + [False] * len(retain))
+
+
+def test_forgetting_and_keeping_count_the_same():
+    found = unlearnt([0.1, 0.3], [0.5, 0.7])
+    assert found.value == pytest.approx(100 * (1 - 2 * 0.8 * 0.6 / 1.4))
+    assert found.details[FORGET_PROBABILITY] == pytest.approx(20)
+    assert found.details[RETAIN_PROBABILITY] == pytest.approx(60)
+    assert found.details[RETAIN_LOSS] == pytest.approx(-math.log(0.5 * 0.7) / 2)
+    assert found.held_out == "2 answers to forget and 2 to keep"
+    assert unlearnt([0.0], [1.0]).value == pytest.approx(0)
+    for nothing_gained in (unlearnt([1.0], [1.0]), unlearnt([0.0], [0.0]), unlearnt([1.0], [0.0])):
+        assert nothing_gained.value == 100
+    assert not UnlearningQuality([math.inf, 1.0], [1, 1], [True, False]).finite
+
+
+def test_answers_are_drawn_anew_within_what_is_to_be_forgotten_and_kept():
+    generator = np.random.default_rng(1)
+    one = unlearnt(generator.uniform(0.1, 0.4, 50), generator.uniform(0.6, 0.9, 200))
+    two = unlearnt([0.5] * 50, [0.5] * 200)
+    found = difference({0: one}, {0: two})
+    p = np.exp(-np.array(one.nll) / 2)
+    forgotten, kept = 1 - p[:50].mean(), p[50:].mean()
+    slopes = 200 * np.array([kept, forgotten]) ** 2 / (forgotten + kept) ** 2
+    error = np.hypot(slopes[0] * p[:50].std() / np.sqrt(50), slopes[1] * p[50:].std() / np.sqrt(200))
+    assert found.mean == pytest.approx(one.value - 50)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+
+
 @pytest.mark.parametrize(
     "quality",
-    [TextLoss([1.0], [2], [3]), ResponseQuality([1.0], [1], [True], "exact_match"), classes([0, 1], [1, 1])],
+    [
+        TextLoss([1.0], [2], [3]),
+        ResponseQuality([1.0], [1], [True], "exact_match"),
+        classes([0, 1], [1, 1]),
+        UnlearningQuality([1.0, 2.0], [1, 2], [True, False]),
+    ],
 )
 def test_plain_values_and_back(quality):
     assert read_quality(asdict(quality)) == quality

@@ -1,4 +1,5 @@
 import json
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,7 @@ import yaml
 
 from tokenwise import catalog
 from tokenwise.comparison.plan import read_plan
+from tokenwise.comparison.tasks import Unlearning
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -90,3 +92,14 @@ def test_wrong_use_says_how(name):
     done = prepare(name)
     assert done.returncode == 1
     assert "Usage" in done.stderr
+
+
+def test_facts_are_forgotten_by_person():
+    script = runpy.run_path(str(EXAMPLES / "unlearning" / "prepare.py"))
+    people = script["facts"](script["FORGET"] + script["RETAIN"] + script["EVAL"])
+    assert people == script["facts"](len(people))
+    questions = [row["question"] for person in people for row in person]
+    assert len(set(questions)) == len(questions) == 4 * 56  # nobody is in two files
+    plan = yaml.safe_load((EXAMPLES / "unlearning" / "plan.yaml").read_text(encoding="utf-8"))
+    for method in plan["methods"]:
+        Unlearning.check_method(catalog.build(method), "methods")

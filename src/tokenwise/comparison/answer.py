@@ -330,7 +330,7 @@ def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | No
     fewest = known.items if strata is None else int(min(np.unique(strata, return_counts=True)[1]))
     if strata is not None and fewest < FEW_ITEMS:
         notes.append(
-            f"The rarest class has {fewest} held-out {known.item}{'s' if fewest > 1 else ''}: intervals may be too "
+            f"The {known.smallest} has {fewest} held-out {known.item}{'s' if fewest > 1 else ''}: intervals may be too "
             f"narrow; use {FEW_ITEMS} or more of each."
         )
     elif fewest == 1:

@@ -300,6 +300,9 @@ def read_plan(path: Path | str) -> Plan:
         for name, reference in references.items():
             with collect(problems):
                 check_held_out(reference.train_on or (), task.data.eval, f"references.{name}.train_on")
+            if reference.train_on is not None and not task.trains_references:
+                message = f"{task.kind} trains no references."
+                problems.append(Problem(f"references.{name}.train_on", message, "Write model: and a directory."))
         problems += _budget_problems(task, training, budget, references)
         if isinstance(task.model.tokenizer, Path):
             tokenizer = load.load_tokenizer(task.model.tokenizer)

@@ -59,6 +59,8 @@ class Quality(ABC):
     kind: str
     item: ClassVar[str] = "example"
     """What one item is called."""
+    smallest: ClassVar[str] = "rarest class"
+    """What the smallest of its strata is called."""
     brief: ClassVar[tuple[Measure, ...]] = ()
     """Those of `details` that also belong in a table in the terminal."""
 
@@ -328,7 +330,90 @@ class ClassQuality(Quality):
         return f"{_count(len(self.labels), 'example')} of {len(self.names)} classes, {rarest:,} of the rarest"
 
 
-_KINDS: dict[str, type[Quality]] = {"text_loss": TextLoss, "response": ResponseQuality, "classes": ClassQuality}
+UNLEARNING_ERROR = _percent(
+    "unlearning error",
+    "100% minus the harmonic mean of what was forgotten (1 minus the probability of the answers to forget) and what "
+    "was kept (the probability of the answers to keep): 0% where all is forgotten and all kept, 100% where nothing is "
+    "forgotten, or nothing kept. The probability of an answer is the geometric mean over its tokens, averaged over "
+    "answers. Answers are drawn anew among those to forget and among those to keep.",
+    None,
+)
+FORGET_PROBABILITY = _percent("forget probability")
+RETAIN_PROBABILITY = _percent("retain probability")
+FORGET_LOSS = Measure("forget loss", "nats/token", decimals=3)
+RETAIN_LOSS = Measure("retain loss", "nats/token", decimals=3)
+
+
+@dataclass
+class UnlearningQuality(Quality):
+    """How far some answers are forgotten, and others kept.
+
+    Args:
+        nll: summed negative log-likelihood of each answer, in nats.
+        tokens: of each answer.
+        forget: whether the answer is to be forgotten.
+    """
+
+    nll: list[float]
+    tokens: list[int]
+    forget: list[bool]
+    kind: Literal["unlearning"] = "unlearning"
+
+    item: ClassVar[str] = "answer"
+    smallest: ClassVar[str] = "smaller of the two sets"
+    brief: ClassVar[tuple[Measure, ...]] = (FORGET_PROBABILITY, RETAIN_PROBABILITY)
+
+    @property
+    def measure(self) -> Measure:
+        return UNLEARNING_ERROR
+
+    def columns(self) -> Array:
+        probability = np.exp(-np.divide(self.nll, self.tokens))
+        groups = np.array([self.forget, np.logical_not(self.forget)], dtype=np.float64).T
+        return np.concatenate([groups * probability[:, None], groups], axis=1)
+
+    def of_sums(self, sums: Array) -> Array:
+        probabilities, counts = np.split(sums, 2, axis=-1)
+        means = probabilities / counts
+        forgotten, kept = 1 - means[..., 0], means[..., 1]
+        total = forgotten + kept
+        mean = np.divide(2 * forgotten * kept, total, out=np.zeros_like(total), where=total > 0)
+        return np.asarray(100 * (1 - mean))
+
+    def strata(self) -> NDArray[np.int64]:
+        return np.array(self.forget, dtype=np.int64)
+
+    def identity(self) -> Hashable:
+        return tuple(self.tokens), tuple(self.forget)
+
+    @property
+    def finite(self) -> bool:
+        # A probability of 0 hides a loss that is not finite.
+        return bool(np.isfinite(self.nll).all())
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        nll, tokens, forget = np.array(self.nll), np.array(self.tokens), np.array(self.forget)
+        probability = 100 * np.exp(-nll / tokens)
+        return {
+            FORGET_PROBABILITY: float(probability[forget].mean()),
+            RETAIN_PROBABILITY: float(probability[~forget].mean()),
+            FORGET_LOSS: float(nll[forget].sum() / tokens[forget].sum()),
+            RETAIN_LOSS: float(nll[~forget].sum() / tokens[~forget].sum()),
+        }
+
+    @property
+    def held_out(self) -> str:
+        forget = sum(self.forget)
+        return f"{_count(forget, 'answer')} to forget and {len(self.forget) - forget:,} to keep"
+
+
+_KINDS: dict[str, type[Quality]] = {
+    "text_loss": TextLoss,
+    "response": ResponseQuality,
+    "classes": ClassQuality,
+    "unlearning": UnlearningQuality,
+}
 
 
 def read_quality(values: dict[str, Any]) -> Quality:

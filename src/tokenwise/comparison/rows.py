@@ -68,25 +68,14 @@ class Ragged(_Arrays):
 
 
 @dataclass(frozen=True)
-class Responses(Ragged):
-    """Conversations, and which of their tokens are to be learnt.
+class Labelled(Ragged):
+    """Rows with labels on some of their tokens.
 
     Args:
-        labels: the token ids where a response is to be learnt, -100 elsewhere, shape [tokens].
-        loss_weights: weights of all tokens as the data has them, shape [tokens]; empty where a row has none.
-        prompts: tokens before the last response of each row, shape [rows].
-        answers: the text of that response for each row, as JSON in UTF-8, shape [bytes].
+        labels: the token ids that are to be predicted, -100 elsewhere, shape [tokens].
     """
 
     labels: NDArray[np.int32]
-    loss_weights: NDArray[np.float32]
-    prompts: NDArray[np.int64]
-    answers: NDArray[np.uint8]
-
-    @property
-    def expected(self) -> list[str]:
-        """The text of the last response of each row."""
-        return list(json.loads(self.answers.tobytes()))
 
     def windows(self, padding: int) -> Windows:
         """The rows as what `HeldOut` measures: a document each, padded on the right."""
@@ -102,6 +91,26 @@ class Responses(Ragged):
 
 
 @dataclass(frozen=True)
+class Responses(Labelled):
+    """Conversations, and which of their tokens are to be learnt.
+
+    Args:
+        loss_weights: weights of all tokens as the data has them, shape [tokens]; empty where a row has none.
+        prompts: tokens before the last response of each row, shape [rows].
+        answers: the text of that response for each row, as JSON in UTF-8, shape [bytes].
+    """
+
+    loss_weights: NDArray[np.float32]
+    prompts: NDArray[np.int64]
+    answers: NDArray[np.uint8]
+
+    @property
+    def expected(self) -> list[str]:
+        """The text of the last response of each row."""
+        return list(json.loads(self.answers.tobytes()))
+
+
+@dataclass(frozen=True)
 class Examples(Ragged):
     """Texts and their classes.
 
@@ -112,6 +121,21 @@ class Examples(Ragged):
 
     classes: NDArray[np.int64]
     names: NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class Answers(Labelled):
+    """Answers to forget and answers to keep.
+
+    Args:
+        forget: which rows are to be forgotten, shape [rows].
+    """
+
+    forget: NDArray[np.bool_]
+
+    def rows(self, forget: bool) -> NDArray[np.int64]:
+        """The rows to forget, or those to keep."""
+        return np.flatnonzero(self.forget == forget)
 
 
 class Findings:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -20,7 +21,7 @@ from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 from tokenwise.comparison import data as blocks_of
 from tokenwise.comparison.chat import read_responses
 from tokenwise.comparison.records import Job, Result
-from tokenwise.comparison.rows import Examples, Findings, Ragged, Responses
+from tokenwise.comparison.rows import Answers, Examples, Findings, Ragged, Responses
 from tokenwise.comparison.sections import Files, Model, Section, Training, Whole, nested, shorten
 from tokenwise.documents import read_documents, read_records
 from tokenwise.errors import InputError, Problem, nearest
@@ -88,10 +89,14 @@ class Task(Section, ABC):
     """The kinds of methods it compares; uniform fits every task."""
     columns: ClassVar[frozenset[str]] = frozenset({"sample_id"})
     """The columns of a batch that its data can have."""
+    asks_for: ClassVar[frozenset[str]] = frozenset()
+    """The columns that every method of it must read; uniform need not."""
     units: ClassVar[tuple[str, ...]] = ("tokens_seen", "tokens_trained", "steps", "flops")
     """What its budget can be counted in."""
     normalizes: ClassVar[bool] = True
     """Whether `training.normalize` means anything to its methods."""
+    trains_references: ClassVar[bool] = True
+    """Whether a plan's references can be trained on data of their own."""
     names: ClassVar[tuple[str, str]] = ("train_rows", "held_out_rows")
     """How a job calls the two prepared files."""
     suffixes: ClassVar[tuple[str, str]] = ("train.npz", "held-out.npz")
@@ -166,14 +171,14 @@ class Task(Section, ABC):
             raise InputError(Problem(where, f"{method.card.id!r} is no weighting method; this task compares these."))
         kind = getattr(type(method), "kind", "")
         name = cls.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
-        if kind not in cls.trains and not isinstance(method, load_class("weighting/uniform")):
-            others = [other for other, task in TASKS.items() if kind in task.trains]
-            fix = f"Compare it in a task of kind {others[0]}." if others else "No task compares it yet."
-            if "forget" in getattr(method, "reads", ()):
-                fix = "It is for unlearning: see `tokenwise unlearn`."
-            gives, wants = KINDS_OF_METHODS.get(kind, kind), KINDS_OF_METHODS[min(cls.trains)]
-            raise InputError(Problem(where, f"{method.card.id!r} gives {gives}; {name} compares {wants}.", fix))
         reads: frozenset[str] = getattr(method, "reads", frozenset())
+        fits = kind in cls.trains and cls.asks_for <= reads
+        if not fits and not isinstance(method, load_class("weighting/uniform")):
+            others = [other for other, task in TASKS.items() if kind in task.trains and task.asks_for <= reads]
+            fix = f"Compare it in a task of kind {others[0]}." if others else "No task compares it yet."
+            gives, wants = KINDS_OF_METHODS.get(kind, kind), KINDS_OF_METHODS[min(cls.trains)]
+            wants += "".join(f" that reads the column {column}" for column in cls.asks_for)
+            raise InputError(Problem(where, f"{method.card.id!r} gives {gives}; {name} compares {wants}.", fix))
         from tokenwise.weighting.base import TokenWeighter
         from tokenwise.weighting.forward import COLUMNS
 
@@ -273,16 +278,7 @@ class Sft(Task):
         return {**self.reading(), "max_new_tokens": self.max_new_tokens, "metric": self.metric}
 
     def texts(self, files: tuple[Path, ...], where: str) -> Iterator[str]:
-        for _, row in read_records(files, where):
-            for value in row.values() if isinstance(row, Mapping) else ():
-                if isinstance(value, str):
-                    yield value
-                elif isinstance(value, list):
-                    yield from (
-                        turn["content"]
-                        for turn in value
-                        if isinstance(turn, Mapping) and isinstance(turn.get("content"), str)
-                    )
+        return _texts_of_records(files, where)
 
     def _rows(self, path: Path, files: tuple[Path, ...], where: str, given: Preparation) -> Responses:
         if not path.is_file():
@@ -315,6 +311,20 @@ class Sft(Task):
                 f"the longest prompt and {self.max_new_tokens} new tokens are {longest} tokens, and the model has "
             )
             raise InputError(Problem("task.max_new_tokens", f"{message}{limit} positions.", "Lower it, or max_length."))
+
+
+def _texts_of_records(files: tuple[Path, ...], where: str) -> Iterator[str]:
+    """All text in the fields and the messages of records."""
+    for _, row in read_records(files, where):
+        for value in row.values() if isinstance(row, Mapping) else ():
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                yield from (
+                    turn["content"]
+                    for turn in value
+                    if isinstance(turn, Mapping) and isinstance(turn.get("content"), str)
+                )
 
 
 class LabelledData(TextData):
@@ -423,10 +433,148 @@ class Classification(Task):
         self._write(path, self.data.eval, "task.data.eval", given, True)
 
 
+class UnlearningData(Section):
+    """Where the answers to forget and to keep are."""
+
+    forget: Files
+    """Data to forget; how far it is forgotten is measured on it as well."""
+    retain: Files
+    """Data to keep."""
+    eval: Files = Field(default_factory=lambda found: found.get("retain", ()))
+    """Data on which is measured what was kept: better not trained on; that of `retain` unless given."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        for name, files in (("retain", self.retain), ("eval", self.eval)):
+            if shared := sorted(set(self.forget) & set(files)):
+                message = f"{str(shared[0])!r} is also in task.data.{name}."
+                raise InputError(Problem(".forget", message, "What is to be forgotten cannot be kept."))
+        return self
+
+    @property
+    def train(self) -> tuple[Path, ...]:
+        """All data to train on."""
+        return (*self.forget, *self.retain)
+
+
+class Unlearning(Task):
+    """Some answers of a trained model are forgotten, the others kept."""
+
+    runs_in: ClassVar[str] = "tokenwise.comparison.unlearning"
+    trains: ClassVar[frozenset[str]] = frozenset({"objective"})
+    columns: ClassVar[frozenset[str]] = frozenset({"forget"})
+    asks_for: ClassVar[frozenset[str]] = frozenset({"forget"})
+    units: ClassVar[tuple[str, ...]] = ("tokens_seen", "steps", "flops")
+    normalizes: ClassVar[bool] = False
+    trains_references: ClassVar[bool] = False
+
+    kind: Literal["unlearning"]
+    """The kind of task."""
+    data: UnlearningData  # type: ignore[assignment]
+    """{forget: ..., retain: ..., eval: ...}."""
+    max_length: Annotated[Whole, Field(ge=2)] = 512
+    """Tokens of a row, question and answer; what is longer is cut."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model.from_scratch:
+            message = "a model made from scratch knows nothing that it could forget."
+            raise InputError(Problem(".model", message, "Name a model that was trained on forget and retain."))
+        return self.fits(self.max_length, "max_length")
+
+    @property
+    def described(self) -> str:
+        return f"unlearning, rows of at most {self.max_length} tokens"
+
+    def reading(self) -> dict[str, Any]:
+        # The files to forget and to keep follow one another; this says where the first of them end.
+        return {"max_length": self.max_length, "forget_files": len(self.data.forget)}
+
+    def texts(self, files: tuple[Path, ...], where: str) -> Iterator[str]:
+        return _texts_of_records(files, where)
+
+    def _write(self, path: Path, keep: tuple[Path, ...], where: str, given: Preparation) -> None:
+        if path.is_file():
+            return
+        problems: list[Problem] = []
+        read = {}
+        for field, files in (("task.data.forget", self.data.forget), (where, keep)):
+            findings = Findings(field)
+            read[field] = _read_answers(read_records(files, field), given.tokenizer, self.max_length, findings)
+            problems += findings.problems()
+            if not read[field].ends and not findings.problems():
+                message = f"no row has an answer within {self.max_length} tokens."
+                problems.append(Problem(field, message, "Give rows of question and answer, or raise max_length."))
+        if problems:
+            raise InputError(problems)
+        forget, retain = read.values()
+        rows = Answers(
+            np.array(forget.ids + retain.ids, dtype=np.int32),
+            np.array(forget.ends + [len(forget.ids) + end for end in retain.ends], dtype=np.int64),
+            np.array(forget.cut + retain.cut),
+            np.array(forget.left_out + retain.left_out),
+            np.array(forget.labels + retain.labels, dtype=np.int32),
+            np.repeat([True, False], [len(forget.ends), len(retain.ends)]),
+        )
+        write_binary(path, rows.save)
+
+    def prepare_train(self, path: Path, files: tuple[Path, ...], where: str, given: Preparation) -> None:
+        self._write(path, self.data.retain, "task.data.retain", given)
+
+    def prepare_held_out(self, path: Path, given: Preparation) -> None:
+        self._write(path, self.data.eval, "task.data.eval", given)
+
+    def remark(self, train: Path, held_out: Path) -> str:
+        rows, measured = Answers.load(train), Answers.load(held_out)
+        forget, retain, keep = len(rows.rows(True)), len(rows.rows(False)), len(measured.rows(False))
+        kept = f"{keep:,} others to keep" if set(self.data.eval) != set(self.data.retain) else "those to keep"
+        said = f" ({forget:,} rows to forget, {retain:,} to keep; measured on those to forget and {kept}"
+        cut, left_out = int(rows.cut), int(rows.left_out)
+        said += f"; {cut:,} cut" * bool(cut) + f"; {left_out:,} too long and left out" * bool(left_out)
+        return f"{said})"
+
+
+@dataclass
+class _ReadAnswers:
+    """Answers on their way to `Answers`, as lists of what it holds."""
+
+    ids: list[int] = dataclass_field(default_factory=list)
+    labels: list[int] = dataclass_field(default_factory=list)
+    ends: list[int] = dataclass_field(default_factory=list)
+    cut: int = 0
+    left_out: int = 0
+
+
+def _read_answers(
+    records: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, findings: Findings
+) -> _ReadAnswers:
+    """Rows as `tokenwise unlearn` reads them; those that cannot be used are told to `findings`."""
+    from tokenwise.weighting.unlearning_data import example
+
+    found = _ReadAnswers()
+    for where, record in records:
+        try:
+            row = example(record, tokenizer, field="")
+        except InputError as error:
+            for problem in error.problems:
+                findings.add(where, f"{problem.field.removeprefix('.')} {problem.message}".strip(), problem.fix)
+            continue
+        ids, labels = row["input_ids"][:max_length], row["labels"][:max_length]
+        if all(label == blocks_of.IGNORED for label in labels[1:]):
+            found.left_out += 1
+            continue
+        found.cut += len(row["input_ids"]) > max_length
+        found.ids += ids
+        found.labels += labels
+        found.ends.append(len(found.ids))
+    return found
+
+
 TASKS: dict[str, type[Task]] = {
     "language_modeling": LanguageModeling,
     "sft": Sft,
     "classification": Classification,
+    "unlearning": Unlearning,
 }
 """Every kind of task; the one place that lists them."""
 

@@ -80,10 +80,10 @@ def run_training(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
-    rows: Rows,
+    rows: Rows | Dataset[Any],
     held_out: HeldOut,
     attach: Attach,
-    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]],
     metered_steps: int = 1,
     labelled_tokens: bool = True,
     example: Callable[[], dict[str, list[Any]] | None] = lambda: None,
@@ -99,7 +99,7 @@ def run_training(
         model: the model, changed in place.
         tokenizer: saved with it.
         method: what to train with.
-        rows: what to train on.
+        rows: what to train on; a Dataset is endless already and taken in its order.
         held_out: what to measure on.
         attach: lets a Trainer train with the method.
         collate: makes a batch of rows.
@@ -115,7 +115,8 @@ def run_training(
     use_cache = getattr(model.config, "use_cache", None)
 
     def new_trainer(max_steps: int) -> Trainer:
-        return make_trainer(model, EndlessRows(rows, job.seed), collate, training, job.seed, folder, max_steps)
+        endless = rows if isinstance(rows, Dataset) else EndlessRows(rows, job.seed)
+        return make_trainer(model, endless, collate, training, job.seed, folder, max_steps)
 
     flops_per_token = count_flops(new_trainer(metered_steps), method, attach)
     trainer = new_trainer(_ENDLESS)
@@ -168,7 +169,7 @@ class EndlessRows(Dataset[Row]):
 
     Args:
         rows: what there is.
-        seed: of the order.
+        seed: of the order, at least 0.
     """
 
     def __init__(self, rows: Rows, seed: int) -> None:
@@ -214,8 +215,8 @@ def pad_rows(rows: Sequence[Row], padding: int, mask: bool) -> dict[str, Tensor]
 
 def make_trainer(
     model: PreTrainedModel,
-    rows: EndlessRows,
-    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    rows: Dataset[Any],
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]],
     training: Mapping[str, Any],
     seed: int,
     folder: Path,
