@@ -10,7 +10,7 @@ Writes, the same on every run:
 - eval.jsonl: the facts of EVAL more people to be kept, by which methods are judged;
 - model/: a model of about half a million parameters and its tokenizer, trained on all of them.
 
-Takes about a minute on two cores.
+Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
