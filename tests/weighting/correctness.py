@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -220,6 +221,8 @@ def rank(folder: Path, reference: str) -> None:
             save_file(tensors, folder / f"{name}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # Without the interpreter's shutdown, in which threads of gloo abort the process now and then.
+    os._exit(0)
 
 
 def differences(folder: Path) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,3 +30,5 @@ if torch.distributed.get_rank() == 0:
     save_file({**tensors, "loss": torch.tensor(losses[-1])}, folder / "glow.safetensors")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# Without the interpreter's shutdown, in which threads of gloo and of arrow abort the process now and then.
+os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,3 +22,5 @@ _, _, handle = train(make_model("bert"), make_rows("bert", 16), Storm(), folder 
 save_file(handle.state.tensors(), folder / f"storm {torch.distributed.get_rank()}.safetensors")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# Without the interpreter's shutdown, in which threads of gloo and of arrow abort the process now and then.
+os._exit(0)

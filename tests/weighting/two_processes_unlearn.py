@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,3 +24,5 @@ for name in names:
         save_file({**tensors, "loss": torch.tensor(losses[0])}, folder / f"{name}.safetensors")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# Without the interpreter's shutdown, in which threads of gloo and of arrow abort the process now and then.
+os._exit(0)
