@@ -236,7 +236,9 @@ def test_the_stock_losses_and_metrics(loss_type, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loss_weights", "top_entropy step", "excess_loss", "focal weight_mean"])
-def test_metrics_are_of_every_label_but_those_that_the_data_gives_no_weight(name, tiny_llama, reference_directory, tmp_path):
+def test_metrics_are_of_every_label_but_those_that_the_data_gives_no_weight(
+    name, tiny_llama, reference_directory, tmp_path
+):
     rows = samples()
     for row in rows:  # every other label is the most likely token
         likely = [0, *tiny_llama(torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(1).tolist()]
