@@ -27,7 +27,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
             [
                 entry
                 for entry in entries
-                if entry["family"] == found[1] and found[2] in (None, entry["traits"].get("kind"))
+                if entry["family"] == found[1]
+                and found[2] in (None, entry["traits"].get("kind"), entry["traits"].get("site"))
             ]
         ),
         markdown,
@@ -51,14 +52,19 @@ def table(entries: list[Entry]) -> str:
         paper = entry["paper"]
         source = f"[{paper['title']}]({paper['url']})" if paper and paper["url"] else paper["title"] if paper else "-"
         needs = ", ".join(entry["needs"]) or "-"
-        name = f"[`{entry['name']}`](catalog.md#{entry['name']})"
+        name = f"[`{entry['name']}`](catalog.md#{anchor(entry)})"
         rows.append(_row(name, entry["summary"], source, needs))
     return "\n".join(rows)
 
 
+def anchor(entry: Entry) -> str:
+    """Where the catalog page has the method; families may share names."""
+    return entry["id"].replace("/", "-")
+
+
 def card(entry: Entry) -> str:
     """Everything the catalog knows of a method."""
-    lines = [f"## {entry['name']} {{ #{entry['name']} }}", "", entry["summary"], ""]
+    lines = [f"## {entry['name']} {{ #{anchor(entry)} }}", "", entry["summary"], ""]
     lines += [f"- **{name}**: {value}" for name, value in facts(entry)]
     if entry["fields"]:
         lines += ["", "| field | default | range | description |", "|---|---|---|---|"]
