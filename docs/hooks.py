@@ -1,8 +1,8 @@
 """Fills the pages' lists of methods from the catalog, so that they cannot go stale.
 
 A page says where: ``<!-- methods: weighting -->`` gives a table of the family, ``<!-- methods: weighting classes -->``
-of its kind "classes" alone, ``<!-- cards -->`` every card, ``<!-- correctness -->`` the table that
-tests/weighting/correctness.py measures.
+of its kind "classes" alone, ``<!-- cards -->`` every card, ``<!-- correctness: tokens -->`` one
+of the tables that tests/weighting/correctness.py measures.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown,
     )
     markdown = markdown.replace("<!-- cards -->", "\n\n".join(card(entry) for entry in entries))
-    return markdown.replace("<!-- correctness -->", correctness())
+    return re.sub(r"<!-- correctness: (\w+) -->", lambda found: correctness(found[1]), markdown)
 
 
-def correctness() -> str:
-    """Which method gives the exact update in which layout of the batch."""
-    found = json.loads(Path(__file__).with_name("correctness.json").read_text(encoding="utf-8"))
+def correctness(group: str) -> str:
+    """Which method of a group gives the exact update in which layout of the batch."""
+    found = json.loads(Path(__file__).with_name("correctness.json").read_text(encoding="utf-8"))[group]
     layouts = list(next(iter(found.values())))
     lines = [_row("method", *layouts), "|---" * (len(layouts) + 1) + "|"]
     return "\n".join([*lines, *(_row(f"`{name}`", *row.values()) for name, row in found.items())])

@@ -70,7 +70,7 @@ def test_marked_blocks_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_mark_is_understood(page):
     marks = re.findall(r"<!--.*?-->", page.read_text(encoding="utf-8"))
-    lists = [mark for mark in marks if re.fullmatch(r"<!-- (methods: \w+( \w+)?|cards|correctness) -->", mark)]
+    lists = [mark for mark in marks if re.fullmatch(r"<!-- (methods: \w+( \w+)?|cards|correctness: \w+) -->", mark)]
     assert len(marks) == len(lists) + len(blocks(page))
 
 
