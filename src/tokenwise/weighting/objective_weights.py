@@ -16,10 +16,10 @@ from tokenwise.weighting.logit_objective import LogitObjective, States
 from tokenwise.weighting.objective import ObjectiveForward, Term
 
 Quantity = Literal["weight", "factor", "gradient"]
-"""What the number of a token is. ``weight``: what its loss is multiplied by, at least 0. ``factor``: the signed factor of
-its negative log-likelihood's gradient; below 0 the loss is raised. ``gradient``: the norm of the gradient at the
-logits, in nats per logit, with a minus where it lowers the label's logit; of plain training it is at most the root of 2,
-and close to 0 for a token that the model knows."""
+"""What the number of a token is. ``weight``: what its loss is multiplied by, at least 0. ``factor``: the signed factor
+of its negative log-likelihood's gradient; below 0 the loss is raised. ``gradient``: the norm of the gradient at the
+logits, with a minus where it lowers the label's logit. In plain training that norm is at most the root of 2, and close
+to 0 for a token that the model knows."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Found:
 
 @dataclass
 class _Part:
-    """The tokens that a term speaks of: places among the labels, increasing, and what the term makes of their losses."""
+    """The tokens that a term speaks of: increasing places among the labels, and what it makes of their losses."""
 
     term: Term
     places: Tensor
