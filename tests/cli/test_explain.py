@@ -207,6 +207,7 @@ def test_attention_to_the_prompt_is_shown(chat_model, tmp_path, capsys):
         ("weighted_instruction_tuning", "'completion_mask'.*--chat"),
         ("fault_aware_static", "'difference'.*fault_pair"),
         ("ss_token_average", "'prompt_attention'.*--chat"),
+        ("ldam", "rows with text and label by --data"),
         ("wagle", "mask_parameters"),
     ],
 )
@@ -276,7 +277,8 @@ def test_forget_is_yes_or_no(chat_model):
 def test_a_text_or_a_chat_is_needed(tmp_path, capsys):
     assert main(["explain", "./model", "--method", "uniform"]) == 2
     assert main(["explain", "./model", "text", "--chat", "rows.jsonl", "--method", "uniform"]) == 2
-    assert capsys.readouterr().err.count("not both") == 2
+    assert main(["explain", "./model", "text", "--data", "rows.jsonl", "--method", "uniform"]) == 2
+    assert capsys.readouterr().err.count("not more than one") == 3
     plain = tmp_path / "rows.txt"
     plain.write_text("text", encoding="utf-8")
     assert main(["explain", "./model", "--chat", str(plain), "--method", "uniform"]) == 2

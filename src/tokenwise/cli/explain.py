@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenwise.weighting.objective import Objective
 
 _INSTEAD = {
+    "classes": "It weighs whole examples of a classifier: give rows with text and label by --data.",
     "masks": "It chooses parameters, not tokens: tw.weighting.mask_parameters trains with such a mask.",
 }
 """What to do with methods that give no weights, by kind."""
@@ -40,13 +41,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand to the command line."""
     parser = commands.add_parser(
         "explain",
-        help="show which tokens of a text a method gives weight to",
-        description="Show the weight that a method gives to every token of a text, as training on it would.",
+        help="show which tokens of a text, or examples of a file, a method gives weight to",
+        description="Show the weight that a method gives to every token of a text, as training on it would; of a "
+        "classifier's method to every example of a file.",
         epilog="Examples: tokenwise explain ./model 'some text' --method excess_loss -p reference=./reference-model; "
         "tokenwise explain ./model --chat rows.jsonl --method loss_weights "
-        """--rules '[{"role": "assistant", "weight": 1}, {"pattern": "[0-9]+", "weight": 3}]'""",
+        """--rules '[{"role": "assistant", "weight": 1}, {"pattern": "[0-9]+", "weight": 3}]'; """
+        "tokenwise explain ./classifier --data labelled.jsonl --method logit_adjustment",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a causal language model, or its id on the hub")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder of a causal language model (of a classifier for --data), or its id on the hub",
+    )
     parser.add_argument("text", metavar="TEXT", nargs="?", help="the text itself, @FILE, or - for standard input")
     parser.add_argument(
         "--chat",
@@ -54,6 +61,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         help="instead of TEXT the first row of a .json or .jsonl file, with messages, prompt and completion, or "
         "question and answer",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="instead of TEXT, for methods of classifiers: .jsonl, .json, .parquet or a folder of datasets, of rows "
+        "with text and label",
     )
     parser.add_argument("--method", metavar="NAME", required=True, help="a name, or ./file.py:ClassName")
     parser.add_argument(
@@ -70,8 +84,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(options: argparse.Namespace) -> int:
-    if (options.text is None) == (options.chat is None):
-        raise InputError(Problem("TEXT", "either a text or --chat is needed, and not both."))
+    given = [value for value in (options.text, options.chat, options.data) if value is not None]
+    if len(given) != 1:
+        raise InputError(Problem("TEXT", "either a text, --chat or --data is needed, and not more than one of them."))
+    if options.data is not None:
+        return _run_examples(options)
     source = _read_text(options.text) if options.chat is None else _read_row(options.chat)
     rules = None if options.rules is None else _read_rules(options.rules)
     fields = dict(_field(word) for word in options.fields)
@@ -87,6 +104,33 @@ def _run(options: argparse.Namespace) -> int:
     print_view(console, view)
     if options.html is not None:
         write_html(options.html, view)
+        console.print(f"Page: {options.html}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _run_examples(options: argparse.Namespace) -> int:
+    from tokenwise import catalog
+    from tokenwise.weighting.classification import ClassObjective
+
+    if options.rules is not None:
+        raise InputError(Problem("--rules", "weigh tokens, and --data has examples.", "Leave them out."))
+    fields = dict(_field(word) for word in options.fields)
+    if not issubclass(catalog.load_class(options.method, "--method"), ClassObjective):
+        message = f"{options.method!r} is no method of classifiers, which --data is for."
+        raise InputError(Problem("--method", message, "Give it a text or --chat."))
+
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from tokenwise.cli.example_view import print_examples, write_examples
+    from tokenwise.cli.explain_examples import explain_examples
+
+    logging.disable_progress_bar()
+    view = explain_examples(options.model, options.data, options.method, fields)
+    console = Console()
+    print_examples(console, view)
+    if options.html is not None:
+        write_examples(options.html, view)
         console.print(f"Page: {options.html}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
