@@ -35,6 +35,7 @@ _PUBLIC = {
     "recall": "unlearning_run",
     "save_masks": "parameter_masks",
     "segment_weights": "segments",
+    "self_evolving_cleaning": "self_evolving",
     "token_weights": "apply",
     "unlearn": "unlearning_run",
     "weigh": "apply",
