@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,9 +20,9 @@ from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Run, State
 from tokenwise.weighting.class_weights import mean_over_classes
 from tokenwise.weighting.classification import ClassBatch, ClassObjective, as_counts
-from tokenwise.weighting.trainer import _Checkpoints, _load_state, check_trainer
+from tokenwise.weighting.trainer import check_labels, check_trainer, patch_trainer
 from tokenwise.weighting.uniform import Uniform
-from tokenwise.weighting.weighing import Weighing
+from tokenwise.weighting.weighing import Weighing, check_not_weighed, replace_forward
 
 _LABEL_COLUMNS = ("labels", "label", "label_ids")
 
@@ -194,24 +193,7 @@ def _weigh_model(model: Any, method: ClassObjective, trainer: Trainer | None, se
     forward = ClassForward(model, method, state, counts, multi_label)
     handle = ClassWeighing(forward)
     forward.observe = handle.observe
-    original = model.forward
-    active = True
-
-    @functools.wraps(original)
-    def weighted(*args: Any, **inputs: Any) -> Any:
-        if active and model.training and inputs.get("labels") is not None:
-            return forward(original, *args, **inputs)
-        return original(*args, **inputs)
-
-    weighted.tokenwise = handle  # type: ignore[attr-defined]
-    handle.on_undo(replace_attribute(model, "forward", weighted))
-
-    def stop() -> None:
-        nonlocal active
-        active = False
-        del weighted.tokenwise  # type: ignore[attr-defined]
-
-    handle.on_undo(stop)
+    replace_forward(handle, functools.partial(forward, model.forward))
     return handle
 
 
@@ -232,12 +214,7 @@ def check_classifier(model: Any, method: ClassObjective) -> bool:
                 "Give a model of transformers' …ForSequenceClassification or …ForTokenClassification.",
             )
         )
-    if hasattr(model.forward, "tokenwise"):
-        raise InputError(
-            Problem(
-                "model", "is weighed already.", "Undo that handle first; two weightings of one loss exclude another."
-            )
-        )
+    check_not_weighed(model)
     kind = getattr(model.config, "problem_type", None)
     if kind == "regression" or model.config.num_labels < 2:
         raise InputError(
@@ -334,7 +311,6 @@ def _connect(trainer: Trainer, handle: ClassWeighing) -> None:
     """Patch `trainer` for a classifier that is weighed already; undone with the handle."""
     forward = cast(ClassForward, handle.forward)
     plain_batches, plain_step = trainer.get_batch_samples, trainer.training_step
-    plain_load = trainer._load_optimizer_and_scheduler
 
     @contextmanager
     def counting() -> Iterator[None]:
@@ -352,13 +328,8 @@ def _connect(trainer: Trainer, handle: ClassWeighing) -> None:
             samples, items = plain_batches(epoch_iterator, num_batches, device)
         if not samples:
             return samples, items
-        if items is None:
-            raise InputError(Problem("labels", "are missing from the batch.", "Use a collator that makes labels."))
+        items = check_labels(trainer, items)
         state = trainer.state
-        if state.global_step == 0 and not float(items):
-            raise InputError(
-                Problem("labels", "are all -100 in the first optimizer step, so there is nothing to learn.")
-            )
         forward.step, forward.progress = state.global_step, state.global_step / max(state.max_steps, 1)
         # The Trainer counted labels, over all processes and whatever shares a batch; ours is a multiple of that.
         labels = [sample["labels"] for sample in samples]
@@ -376,18 +347,4 @@ def _connect(trainer: Trainer, handle: ClassWeighing) -> None:
         with counting():
             return plain_step(*args, **options)
 
-    def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
-        plain_load(checkpoint)
-        if checkpoint is not None:
-            _load_state(Path(checkpoint), trainer, handle)
-
-    for name, value in (
-        ("get_batch_samples", get_batch_samples),
-        ("training_step", training_step),
-        ("_load_optimizer_and_scheduler", load_optimizer_and_scheduler),
-        ("loss_is_scaled_for_ga", True),
-    ):
-        handle.on_undo(replace_attribute(trainer, name, value))
-    callback = _Checkpoints(trainer, handle)
-    trainer.add_callback(callback)
-    handle.on_undo(lambda: trainer.remove_callback(callback))
+    patch_trainer(trainer, handle, get_batch_samples, training_step)
