@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -25,6 +27,7 @@ from tokenwise.weighting.uniform import Uniform
 from tokenwise.weighting.weighing import Weighing, check_not_weighed, replace_forward
 
 _LABEL_COLUMNS = ("labels", "label", "label_ids")
+_ROWS_AT_ONCE = 10_000
 
 
 class ClassForward:
@@ -285,26 +288,40 @@ def count_classes(dataset: Any, classes: int, multi_label: bool = False) -> Tens
     name = next((name for name in _LABEL_COLUMNS if name in columns), None)
     if name is None:
         raise InputError(Problem(where, f"has no column of labels, only {', '.join(columns) or 'nothing'}.", give))
-    if hasattr(dataset, "select_columns"):
-        dataset = dataset.select_columns([name]).with_format(None)
-    rows = [np.asarray(dataset[index][name]) for index in range(len(dataset))]
-    if multi_label:
-        wrong = next((row.shape for row in rows if row.shape != (classes,)), None)
-        if wrong is not None:
-            raise InputError(
-                Problem(f"{where}.{name}", f"has shape {wrong} for {classes} classes.", "Give 0 or 1 each.")
-            )
-        return torch.from_numpy(np.sum(rows, axis=0, dtype=np.float64))
+    count = _count_rows if multi_label else _count_labels
+    counts = np.zeros(classes)
+    for rows in _label_rows(dataset, name):
+        counts += count(rows, classes, f"{where}.{name}")
+    return torch.from_numpy(counts)
+
+
+def _label_rows(dataset: Any, name: str) -> Iterator[list[NDArray[Any]]]:
+    """The labels of each row, many rows at once where the data set gives them so."""
+    if not isinstance(dataset, Dataset):
+        yield [np.asarray(dataset[index][name]) for index in range(len(dataset))]
+        return
+    for rows in dataset.select_columns([name]).with_format(None).iter(_ROWS_AT_ONCE):
+        yield [np.asarray(row) for row in rows[name]]
+
+
+def _count_rows(rows: list[NDArray[Any]], classes: int, where: str) -> NDArray[np.float64]:
+    """How many rows of 0 and 1 have each class: [classes]."""
+    wrong = next((row.shape for row in rows if row.shape != (classes,)), None)
+    if wrong is not None:
+        raise InputError(Problem(where, f"has shape {wrong} for {classes} classes.", "Give 0 or 1 each."))
+    return np.sum(rows, axis=0, dtype=np.float64)
+
+
+def _count_labels(rows: list[NDArray[Any]], classes: int, where: str) -> NDArray[np.int64]:
+    """How many labels of all rows are of each class: [classes]."""
     labels = np.concatenate([row.reshape(-1) for row in rows])
     labels = labels[labels != IGNORED]
     if labels.dtype.kind not in "iu" or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
         bad = next(value for value in labels.tolist() if not (isinstance(value, int) and 0 <= value < classes))
         raise InputError(
-            Problem(
-                f"{where}.{name}", f"has the label {bad!r}, the model classes 0 to {classes - 1}.", "Set num_labels."
-            )
+            Problem(where, f"has the label {bad!r}, the model classes 0 to {classes - 1}.", "Set num_labels.")
         )
-    return torch.from_numpy(np.bincount(labels, minlength=classes)).double()
+    return np.bincount(labels, minlength=classes)
 
 
 def _connect(trainer: Trainer, handle: ClassWeighing) -> None:
