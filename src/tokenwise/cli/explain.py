@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenwise.cli.method_fields import add_fields, read_fields
 from tokenwise.errors import InputError, Problem, missing_file
 
 if TYPE_CHECKING:
@@ -57,14 +58,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "question and answer",
     )
     parser.add_argument("--method", metavar="NAME", required=True, help="a name, or ./file.py:ClassName")
-    parser.add_argument(
-        "-p",
-        dest="fields",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="a field of the method, such as keep=0.5; repeat it for more",
-    )
+    add_fields(parser, "keep=0.5")
     parser.add_argument("--rules", metavar="JSON", help="weights by role, turn or pattern, for loss_weights")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page as well")
     parser.set_defaults(run=_run)
@@ -75,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(Problem("TEXT", "either a text or --chat is needed, and not both."))
     source = _read_text(options.text) if options.chat is None else _read_row(options.chat)
     rules = None if options.rules is None else _read_rules(options.rules)
-    fields = dict(_field(word) for word in options.fields)
+    fields = read_fields(options.fields)
 
     from rich.console import Console
     from transformers.utils import logging
@@ -101,15 +95,6 @@ def _read_text(argument: str) -> str:
             raise InputError(missing_file("TEXT", path))
         return path.read_text(encoding="utf-8")
     return argument
-
-
-def _field(word: str) -> tuple[str, Any]:
-    from tokenwise.comparison.yaml_file import parse_value
-
-    name, equals, value = word.partition("=")
-    if not equals or not name:
-        raise InputError(Problem("-p", f"{word!r} is not a field and its value.", "Write -p keep=0.5."))
-    return name, parse_value(value)
 
 
 def _read_row(path: Path) -> dict[str, Any]:
