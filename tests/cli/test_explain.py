@@ -12,28 +12,6 @@ from tokenwise.cli.main import main
 from tokenwise.errors import InputError
 
 
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("keep=0.5", ("keep", 0.5)),
-        ("temperature=1e-3", ("temperature", 1e-3)),
-        ("detach=false", ("detach", False)),
-        ("strategy=off", ("strategy", "off")),
-        ("keep=128 tokens", ("keep", "128 tokens")),
-        ("reference=./a=b", ("reference", "./a=b")),
-        ("reference=a: b: c", ("reference", "a: b: c")),
-    ],
-)
-def test_fields_are_read_as_in_a_plan(word, expected):
-    assert explain._field(word) == expected
-
-
-@pytest.mark.parametrize("word", ["keep", "=0.5"])
-def test_a_field_without_name_or_value_is_refused(word):
-    with pytest.raises(InputError, match=r"-p: .*Write -p keep=0\.5"):
-        explain._field(word)
-
-
 def test_token_texts_give_the_text_again():
     text = "  añ 🙂 x\n"
     # A byte-level tokenizer: the emoji's four bytes are two tokens that both cover the whole character.

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import tokenwise as tw
 from tokenwise.errors import InputError
+from tokenwise.weighting import class_training
 from tokenwise.weighting.class_margins import LDAM, LogitAdjustment
 from tokenwise.weighting.class_overlap import ClassFocal, Dice
 from tokenwise.weighting.class_training import count_classes
@@ -164,6 +165,7 @@ def test_classes_are_counted_in_every_kind_of_data():
     assert count_classes(datasets.Dataset.from_list(rows), 3).tolist() == [2, 0, 1]
     tokens = datasets.Dataset.from_list([{"labels": [0, -100, 1]}, {"labels": [1]}]).with_format("torch")
     assert count_classes(tokens, 2).tolist() == [1, 2]
+    assert count_classes(datasets.Dataset.from_list(rows).select([2, 1]), 3).tolist() == [1, 0, 1]
     several = [{"labels": torch.tensor([1.0, 0.0])}, {"labels": torch.tensor([1.0, 1.0])}]
     assert count_classes(several, 2, multi_label=True).tolist() == [2, 1]
     with pytest.raises(InputError, match="no column of labels, only text"):
@@ -174,6 +176,22 @@ def test_classes_are_counted_in_every_kind_of_data():
         count_classes([{"labels": 0.5}], 2)
     with pytest.raises(InputError, match="IterableDataset cannot be counted"):
         count_classes(datasets.Dataset.from_list(rows).to_iterable_dataset(), 3)
+
+
+def test_a_data_set_of_many_rows_is_counted_whole(monkeypatch):
+    monkeypatch.setattr(class_training, "_ROWS_AT_ONCE", 3)
+    labels = [0, 2, 2, -100, -100, -100, 1, 0, 2, 0]
+    dataset = datasets.Dataset.from_dict({"labels": labels})
+    assert count_classes(dataset, 3).tolist() == [3, 1, 3]
+    with pytest.raises(InputError, match="label 2, the model classes 0 to 1"):
+        count_classes(dataset, 2)
+    with pytest.raises(InputError, match="label None, the model"):
+        count_classes(datasets.Dataset.from_dict({"labels": [*labels, None]}), 3)
+    several = datasets.Dataset.from_dict({"labels": [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]})
+    assert count_classes(several, 2, multi_label=True).tolist() == [3, 2]
+    ragged = datasets.Dataset.from_dict({"labels": [[1.0, 0.0]] * 4 + [[1.0]]})
+    with pytest.raises(InputError, match=r"shape \(1,\) for 2 classes"):
+        count_classes(ragged, 2, multi_label=True)
 
 
 class TwoLosses(ClassObjective):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenwise.cli.method_fields import add_fields, read_fields
 from tokenwise.errors import InputError, Problem, missing_file
 
 if TYPE_CHECKING:
@@ -70,14 +71,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "with text and label",
     )
     parser.add_argument("--method", metavar="NAME", required=True, help="a name, or ./file.py:ClassName")
-    parser.add_argument(
-        "-p",
-        dest="fields",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="a field of the method, such as keep=0.5; repeat it for more",
-    )
+    add_fields(parser, "keep=0.5")
     parser.add_argument("--rules", metavar="JSON", help="weights by role, turn or pattern, for loss_weights")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page as well")
     parser.set_defaults(run=_run)
@@ -91,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         return _run_examples(options)
     source = _read_text(options.text) if options.chat is None else _read_row(options.chat)
     rules = None if options.rules is None else _read_rules(options.rules)
-    fields = dict(_field(word) for word in options.fields)
+    fields = read_fields(options.fields)
 
     from rich.console import Console
     from transformers.utils import logging
@@ -114,8 +108,8 @@ def _run_examples(options: argparse.Namespace) -> int:
 
     if options.rules is not None:
         raise InputError(Problem("--rules", "weigh tokens, and --data has examples.", "Leave them out."))
-    fields = dict(_field(word) for word in options.fields)
-    if not issubclass(catalog.load_class(options.method, "--method"), ClassObjective):
+    fields = read_fields(options.fields)
+    if not issubclass(catalog.load_class(options.method, "--method", family="weighting"), ClassObjective):
         message = f"{options.method!r} is no method of classifiers, which --data is for."
         raise InputError(Problem("--method", message, "Give it a text or --chat."))
 
@@ -144,15 +138,6 @@ def _read_text(argument: str) -> str:
             raise InputError(missing_file("TEXT", path))
         return path.read_text(encoding="utf-8")
     return argument
-
-
-def _field(word: str) -> tuple[str, Any]:
-    from tokenwise.comparison.yaml_file import parse_value
-
-    name, equals, value = word.partition("=")
-    if not equals or not name:
-        raise InputError(Problem("-p", f"{word!r} is not a field and its value.", "Write -p keep=0.5."))
-    return name, parse_value(value)
 
 
 def _read_row(path: Path) -> dict[str, Any]:
@@ -256,11 +241,11 @@ def _build(method_name: str, fields: dict[str, Any]) -> TokenWeighter | Objectiv
     from tokenwise.weighting.base import TokenWeighter
     from tokenwise.weighting.objective import Objective
 
-    method_class = catalog.load_class(method_name, "--method")
+    method_class = catalog.load_class(method_name, "--method", family="weighting")
     if not issubclass(method_class, TokenWeighter | Objective):
         fix = _INSTEAD.get(getattr(method_class, "kind", ""), "See `tokenwise methods`.")
         raise InputError(Problem("--method", f"{method_name!r} gives no weights to tokens.", fix))
-    method = catalog.build({method_name: fields}, "--method")
+    method = catalog.build({method_name: fields}, "--method", family="weighting")
     assert isinstance(method, TokenWeighter | Objective)
     return method
 

@@ -51,7 +51,7 @@ def explain_examples(model_name: str, data: Path, method_name: str, fields: dict
     from tokenwise.models import load
     from tokenwise.weighting.classification import ClassObjective
 
-    method: Any = catalog.build({method_name: fields}, "--method")
+    method: Any = catalog.build({method_name: fields}, "--method", family="weighting")
     assert isinstance(method, ClassObjective)
     examples = _read(data)
     directory = load.locate(model_name, field="MODEL")

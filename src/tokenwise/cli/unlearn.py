@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenwise.cli.method_fields import add_fields, read_fields
 from tokenwise.errors import InputError, Problem, nearest
 
 if TYPE_CHECKING:
@@ -34,14 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--eval-retain", metavar="FILE", help="more that should stay, not trained on, only measured")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the model")
     parser.add_argument("--method", metavar="NAME", default="npo", help="the unlearning method (default: %(default)s)")
-    parser.add_argument(
-        "-p",
-        dest="fields",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="a field of the method, such as beta=0.1; repeat it for more",
-    )
+    add_fields(parser, "beta=0.1")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", metavar="N", type=_positive(int), help="optimizer steps")
     length.add_argument("--epochs", metavar="N", type=_positive(float), help="passes over FORGET (default: 10)")
@@ -78,9 +72,7 @@ def _positive(kind: type) -> Any:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tokenwise.cli.explain import _field
-
-    fields = dict(_field(word) for word in options.fields)
+    fields = read_fields(options.fields)
     problems: list[Problem] = []
     if options.out.exists() or options.out.is_symlink():
         problems.append(Problem("--out", f"{str(options.out)!r} exists already.", "Name a new folder."))
@@ -107,12 +99,12 @@ def _method(name: str, fields: dict[str, Any]) -> Unlearner:
 
     method_class = None
     if name in catalog.entries() or ".py:" in name or any(name in (e["name"], e["class"]) for e in _entries()):
-        method_class = catalog.load_class(name, "--method")
+        method_class = catalog.load_class(name, "--method", family="weighting")
     if method_class is None or not issubclass(method_class, Unlearner):
         reason = "there is no unlearning method" if method_class is None else "this is no unlearning method:"
         known = [entry["name"] for entry in _entries() if "forget" in entry["traits"].get("reads", ())]
         raise InputError(Problem("--method", f"{reason} {name!r}.", nearest(name, known)))
-    method = catalog.build({name: fields}, "--method")
+    method = catalog.build({name: fields}, "--method", family="weighting")
     assert isinstance(method, Unlearner)
     return method
 

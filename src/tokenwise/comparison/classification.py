@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from tokenwise.comparison.quality import ClassQuality
 from tokenwise.comparison.records import Job, Result
 from tokenwise.comparison.rows import Examples
-from tokenwise.comparison.training import Progress, Row, build_method, pad_rows, run_training
+from tokenwise.comparison.training import METERED_STEPS, Progress, Row, build_method, pad_rows, run_training
 from tokenwise.method import Handle, Method
 from tokenwise.models.load import load_tokenizer, make_or_load_classifier, padding_id
 from tokenwise.models.patch import replace_attribute
@@ -24,7 +24,6 @@ from tokenwise.weighting.uniform import Uniform
 
 CURVE_EXAMPLES = 2_000
 """Evaluations on the way use the first examples of each class, so many in all; the last one uses all examples."""
-_METERED_STEPS = 4
 _TOKENS_AT_ONCE = 2**15
 
 
@@ -46,7 +45,7 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         held_out=HeldOutExamples(Examples.load(task["held_out_rows"]), padding, task["training"]["precision"]),
         attach=_attach,
         collate=partial(pad_rows, padding=padding, mask=True),
-        metered_steps=_METERED_STEPS,
+        metered_steps=METERED_STEPS,
         labelled_tokens=False,
     )
 

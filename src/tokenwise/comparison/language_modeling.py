@@ -17,7 +17,6 @@ from tokenwise.comparison.training import (
     Progress,
     Row,
     build_method,
-    example_of,
     pad_rows,
     run_training,
 )
@@ -51,7 +50,7 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         held_out=HeldOut(windows, task["training"]["precision"]),
         attach=partial(weigh, normalize=task["training"]["normalize"]),
         collate=partial(pad_rows, padding=0, mask=False),
-        example=lambda: example_of(model, method, tokenizer, ids, labels, job.seed),
+        shown=(ids, labels),
     )
 
 

@@ -17,13 +17,19 @@ from tokenwise.comparison.held_out import HeldOut
 from tokenwise.comparison.quality import ResponseQuality
 from tokenwise.comparison.records import Job, Result
 from tokenwise.comparison.rows import Responses
-from tokenwise.comparison.training import Progress, Row, build_method, example_of, pad_rows, run_training
+from tokenwise.comparison.training import (
+    METERED_STEPS,
+    Progress,
+    Row,
+    build_method,
+    labelled_row,
+    pad_rows,
+    run_training,
+)
 from tokenwise.models.load import load_tokenizer, make_or_load_model, padding_id
 from tokenwise.weighting.apply import weigh
 from tokenwise.weighting.base import TokenWeighter
 
-_METERED_STEPS = 4
-"""Steps differ in length; operations are a mean over so many."""
 _TOKENS_AT_ONCE = 2**14
 """Prompts of a batch of answers have so many tokens together, with what may be written."""
 
@@ -49,10 +55,8 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         held_out=HeldOutResponses(held_out, tokenizer, task),
         attach=partial(weigh, normalize=task["training"]["normalize"]),
         collate=partial(pad_rows, padding=padding, mask=False),
-        metered_steps=_METERED_STEPS,
-        example=lambda: example_of(
-            model, method, tokenizer, held_out.input_ids[shown], held_out.labels[shown], job.seed
-        ),
+        metered_steps=METERED_STEPS,
+        shown=(held_out.input_ids[shown], held_out.labels[shown]),
     )
 
 
@@ -67,13 +71,11 @@ class _Rows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        span = self._rows.span(index)
-        ids, labels = (torch.from_numpy(a[span].astype(np.int64)) for a in (self._rows.input_ids, self._rows.labels))
-        row = {"input_ids": ids, "labels": labels}
+        row = labelled_row(self._rows, index)
         if "loss_weights" in self._reads:
-            row["loss_weights"] = torch.from_numpy(self._rows.loss_weights[span])
+            row["loss_weights"] = torch.from_numpy(self._rows.loss_weights[self._rows.span(index)])
         if "sample_id" in self._reads:
-            row["sample_id"] = torch.full_like(ids, index)
+            row["sample_id"] = torch.full_like(row["input_ids"], index)
         return row
 
 

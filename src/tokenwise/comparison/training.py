@@ -31,6 +31,7 @@ from tokenwise import catalog
 from tokenwise.comparison.flops import FlopMeter
 from tokenwise.comparison.quality import Quality
 from tokenwise.comparison.records import Job, Point, Result
+from tokenwise.comparison.rows import Labelled
 from tokenwise.comparison.spending import Spending, learning_rate_factor
 from tokenwise.method import Handle, Method
 from tokenwise.signals.head import IGNORED
@@ -38,6 +39,8 @@ from tokenwise.weighting.apply import token_weights
 from tokenwise.weighting.base import TokenWeighter
 
 EXAMPLE_TOKENS = 100
+METERED_STEPS = 4
+"""Where steps differ in length, operations are a mean over so many."""
 _PROGRESS_SECONDS = 0.5
 _ENDLESS = 2**40
 
@@ -86,7 +89,7 @@ def run_training(
     collate: Callable[[Sequence[Any]], dict[str, Tensor]],
     metered_steps: int = 1,
     labelled_tokens: bool = True,
-    example: Callable[[], dict[str, list[Any]] | None] = lambda: None,
+    shown: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
 ) -> Result:
     """Train `model` with `method` until the job's budget is spent.
 
@@ -106,7 +109,8 @@ def run_training(
         metered_steps: over how many optimizer steps operations are counted; 1 where all steps have the same size.
         labelled_tokens: whether tokens have labels, which are then counted as seen and trained on; else all tokens that
             are read are seen, and what is trained on is not measured.
-        example: what the trained method makes of a piece of held-out text.
+        shown: token ids and labels of a held-out text, [tokens] each, to show what the method, a `TokenWeighter`,
+            makes of it after training.
 
     Raises:
         RunFailed: as soon as a loss is not a finite number.
@@ -141,6 +145,10 @@ def run_training(
         model.config.use_cache = use_cache  # the Trainer has turned it off
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    example = None
+    if shown is not None and job.kind == "run":
+        assert isinstance(method, TokenWeighter)
+        example = example_of(model, method, tokenizer, *shown, job.seed)
     return Result(
         job=job,
         status="finished",
@@ -148,7 +156,7 @@ def run_training(
         costs=spending.costs(),
         curve=course.curve,
         weights=weights,
-        example=example() if job.kind == "run" else None,
+        example=example,
         versions=_versions(model.device),
     )
 
@@ -187,6 +195,12 @@ class EndlessRows(Dataset[Row]):
             self._pass = which
             self._order = np.random.default_rng([self._seed, which]).permutation(len(self._rows))
         return self._rows[int(self._order[place])]
+
+
+def labelled_row(rows: Labelled, index: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``labels`` of a row, [tokens] each."""
+    span = rows.span(index)
+    return {name: torch.from_numpy(getattr(rows, name)[span].astype(np.int64)) for name in ("input_ids", "labels")}
 
 
 def pad_rows(rows: Sequence[Row], padding: int, mask: bool) -> dict[str, Tensor]:

@@ -19,14 +19,22 @@ from tokenwise.comparison.held_out import HeldOut
 from tokenwise.comparison.quality import UnlearningQuality
 from tokenwise.comparison.records import Job, Result
 from tokenwise.comparison.rows import Answers
-from tokenwise.comparison.training import EndlessRows, Progress, Row, build_method, pad_rows, run_training
+from tokenwise.comparison.training import (
+    METERED_STEPS,
+    EndlessRows,
+    Progress,
+    Row,
+    build_method,
+    labelled_row,
+    pad_rows,
+    run_training,
+)
 from tokenwise.models.load import load_tokenizer, make_or_load_model, padding_id
 from tokenwise.weighting.apply import weigh
 from tokenwise.weighting.objective import Objective
 
 CURVE_ANSWERS = 500
 """Evaluations on the way use the first answers to forget and the first to keep, so many of each."""
-_METERED_STEPS = 4
 
 
 def run(job: Job, folder: Path, progress: Progress) -> Result:
@@ -46,7 +54,7 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         held_out=HeldOutAnswers(Answers.load(task["held_out_rows"]), padding, task["training"]["precision"]),
         attach=weigh,
         collate=partial(_collate, padding=padding),
-        metered_steps=_METERED_STEPS,
+        metered_steps=METERED_STEPS,
         labelled_tokens=False,
     )
 
@@ -81,9 +89,8 @@ class _Rows:
         return len(self._which)
 
     def __getitem__(self, index: int) -> Row:
-        span = self._rows.span(int(self._which[index]))
-        ids, labels = (torch.from_numpy(a[span].astype(np.int64)) for a in (self._rows.input_ids, self._rows.labels))
-        return {"input_ids": ids, "labels": labels, "forget": torch.full_like(ids, self._forget)}
+        row = labelled_row(self._rows, int(self._which[index]))
+        return {**row, "forget": torch.full_like(row["labels"], self._forget)}
 
 
 class _Together(Dataset[tuple[Row, ...]]):

@@ -11,7 +11,7 @@ from tokenwise.errors import InputError, Problem
 from tokenwise.models.head import output_head
 from tokenwise.models.reference import Reference, ReferenceModel
 from tokenwise.scores.layout import is_store
-from tokenwise.scores.store import ScoreStore, _array, _batch_of
+from tokenwise.scores.store import ScoreStore, as_array, as_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,8 +69,8 @@ class StoredReference:
         if input_ids is None:
             message = "is missing from the batch; stored scores are found by the token ids."
             raise InputError(Problem("input_ids", message, "Use a reference model for a batch of embeddings."))
-        ids = _array(input_ids)
-        found, predicted = self.store.aligned(ids, _batch_of(mask, ids), _batch_of(positions, ids), ["nll"])
+        ids = as_array(input_ids)
+        found, predicted = self.store.aligned(ids, as_batch(mask, ids), as_batch(positions, ids), ["nll"])
         # The label predicted at a position is the token after it.
         at = rows.cpu() + 1
         inside = at % ids.shape[1] != 0

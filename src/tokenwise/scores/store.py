@@ -121,8 +121,8 @@ class ScoreStore:
             InputError: when a row is not in the store, naming it, or there is no such column.
         """
         names = self._known(self.columns if columns is None else columns, "columns")
-        ids = _array(input_ids)
-        found, _ = self.aligned(np.atleast_2d(ids), _batch_of(attention_mask, ids), _batch_of(position_ids, ids), names)
+        ids = as_array(input_ids)
+        found, _ = self.aligned(np.atleast_2d(ids), as_batch(attention_mask, ids), as_batch(position_ids, ids), names)
         return {name: values[0] if ids.ndim == 1 else values for name, values in found.items()}
 
     def aligned(
@@ -188,8 +188,8 @@ class ScoreStore:
             raise InputError(Problem("dataset", message, "Tokenise it first, as it is trained on."))
 
         def joined(row: Mapping[str, Any], index: int) -> dict[str, list[Any]]:
-            ids = _array(row["input_ids"])
-            mask, positions = (_batch_of(row.get(name), ids) for name in ("attention_mask", "position_ids"))
+            ids = as_array(row["input_ids"])
+            mask, positions = (as_batch(row.get(name), ids) for name in ("attention_mask", "position_ids"))
             try:
                 found, _ = self.aligned(ids[None], mask, positions, list(columns.values()))
             except InputError as error:
@@ -284,15 +284,20 @@ def _sequences(
             yield row, kept[start:stop]
 
 
-def _array(values: Any) -> NDArray[Any]:
+def as_array(values: Any) -> NDArray[Any]:
+    """A tensor or a list as an array, on the CPU."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _batch_of(values: Any, ids: NDArray[Any]) -> NDArray[Any] | None:
-    """A mask or positions as [batch, tokens]."""
+def as_batch(values: Any, ids: NDArray[Any]) -> NDArray[Any] | None:
+    """A mask or positions as [batch, tokens], None as None.
+
+    Raises:
+        InputError: when they are not shaped like `ids`.
+    """
     if values is None:
         return None
-    array = np.atleast_2d(_array(values))
+    array = np.atleast_2d(as_array(values))
     if array.shape[-1] != ids.shape[-1] or array.ndim != 2:
         message = f"has shape {tuple(array.shape)}, where input_ids have {tuple(ids.shape)}."
         raise InputError(Problem("attention_mask or position_ids", message, "Give them shaped like input_ids."))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models.head import base_of, check_head, last_hidden
-from tokenwise.models.patch import replace_attribute
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Normalize, Run, State, TokenWeighter
 from tokenwise.weighting.class_training import weigh_classes
@@ -24,7 +22,7 @@ from tokenwise.weighting.objective import Objective, ObjectiveForward, Objective
 from tokenwise.weighting.objective_weights import Quantity, objective_weights
 from tokenwise.weighting.sft_trainer import is_sft_trainer
 from tokenwise.weighting.trainer import check_trainer, connect
-from tokenwise.weighting.weighing import Weighing
+from tokenwise.weighting.weighing import Weighing, check_not_weighed, replace_forward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,27 +121,7 @@ def _weigh_model(
         forward = WeightedForward(model, method, state, reference, low_memory, normalize)
         handle = Weighing(forward)
     forward.observe = handle.observe
-    original = model.forward
-    active = True
-
-    @functools.wraps(original)
-    def weighted(*args: Any, **inputs: Any) -> Any:
-        has_labels = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
-        if active and model.training and has_labels:
-            return forward(*args, **inputs)
-        for name in COLUMNS:
-            inputs.pop(name, None)
-        return original(*args, **inputs)
-
-    weighted.tokenwise = handle  # type: ignore[attr-defined]
-    handle.on_undo(replace_attribute(model, "forward", weighted))
-
-    def stop() -> None:
-        nonlocal active
-        active = False
-        del weighted.tokenwise  # type: ignore[attr-defined]
-
-    handle.on_undo(stop)
+    replace_forward(handle, forward, labels=("labels", "shift_labels"), columns=COLUMNS)
     return handle
 
 
@@ -159,12 +137,7 @@ def check_model(model: Any, router_loss: bool = False) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(Problem("model", f"{type(model).__name__} is no transformers model."))
-    if hasattr(model.forward, "tokenwise"):
-        raise InputError(
-            Problem(
-                "model", "is weighed already.", "Undo that handle first; two weightings of one loss exclude another."
-            )
-        )
+    check_not_weighed(model)
     if model.config.is_encoder_decoder:
         raise InputError(
             Problem(

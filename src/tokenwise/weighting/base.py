@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from tokenwise.method import Method
@@ -77,6 +77,13 @@ class TokenBatch:
         A method of scope ``step`` is handed the tokens of the whole step, so both wider scopes are one group.
         """
         return self.sequence if scope == "sequence" else None
+
+    def part(self, tokens: slice) -> TokenBatch:
+        """Some of the tokens, sequences numbered as before."""
+        tensors = {
+            name: value for name, value in vars(self).items() if value is not None and not isinstance(value, int)
+        }
+        return replace(self, **{name: tensor[tokens] for name, tensor in tensors.items()})
 
 
 class State(Protocol):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -21,11 +22,12 @@ from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.base import Run, State
 from tokenwise.weighting.class_weights import mean_over_classes
 from tokenwise.weighting.classification import ClassBatch, ClassObjective, as_counts
-from tokenwise.weighting.trainer import _Checkpoints, _load_state, check_trainer
+from tokenwise.weighting.trainer import check_labels, check_trainer, patch_trainer
 from tokenwise.weighting.uniform import Uniform
-from tokenwise.weighting.weighing import Weighing
+from tokenwise.weighting.weighing import Weighing, check_not_weighed, replace_forward
 
 _LABEL_COLUMNS = ("labels", "label", "label_ids")
+_ROWS_AT_ONCE = 10_000
 
 
 class ClassForward:
@@ -196,24 +198,7 @@ def _weigh_model(model: Any, method: ClassObjective, trainer: Trainer | None, se
     forward = ClassForward(model, method, state, counts, multi_label)
     handle = ClassWeighing(forward)
     forward.observe = handle.observe
-    original = model.forward
-    active = True
-
-    @functools.wraps(original)
-    def weighted(*args: Any, **inputs: Any) -> Any:
-        if active and model.training and inputs.get("labels") is not None:
-            return forward(original, *args, **inputs)
-        return original(*args, **inputs)
-
-    weighted.tokenwise = handle  # type: ignore[attr-defined]
-    handle.on_undo(replace_attribute(model, "forward", weighted))
-
-    def stop() -> None:
-        nonlocal active
-        active = False
-        del weighted.tokenwise  # type: ignore[attr-defined]
-
-    handle.on_undo(stop)
+    replace_forward(handle, functools.partial(forward, model.forward))
     return handle
 
 
@@ -234,12 +219,7 @@ def check_classifier(model: Any, method: ClassObjective) -> bool:
                 "Give a model of transformers' …ForSequenceClassification or …ForTokenClassification.",
             )
         )
-    if hasattr(model.forward, "tokenwise"):
-        raise InputError(
-            Problem(
-                "model", "is weighed already.", "Undo that handle first; two weightings of one loss exclude another."
-            )
-        )
+    check_not_weighed(model)
     kind = getattr(model.config, "problem_type", None)
     if kind == "regression" or model.config.num_labels < 2:
         raise InputError(
@@ -315,33 +295,46 @@ def count_classes(dataset: Any, classes: int, multi_label: bool = False) -> Tens
     name = next((name for name in _LABEL_COLUMNS if name in columns), None)
     if name is None:
         raise InputError(Problem(where, f"has no column of labels, only {', '.join(columns) or 'nothing'}.", give))
-    if hasattr(dataset, "select_columns"):
-        dataset = dataset.select_columns([name]).with_format(None)
-    rows = [np.asarray(dataset[index][name]) for index in range(len(dataset))]
-    if multi_label:
-        wrong = next((row.shape for row in rows if row.shape != (classes,)), None)
-        if wrong is not None:
-            raise InputError(
-                Problem(f"{where}.{name}", f"has shape {wrong} for {classes} classes.", "Give 0 or 1 each.")
-            )
-        return torch.from_numpy(np.sum(rows, axis=0, dtype=np.float64))
+    count = _count_rows if multi_label else _count_labels
+    counts = np.zeros(classes)
+    for rows in _label_rows(dataset, name):
+        counts += count(rows, classes, f"{where}.{name}")
+    return torch.from_numpy(counts)
+
+
+def _label_rows(dataset: Any, name: str) -> Iterator[list[NDArray[Any]]]:
+    """The labels of each row, many rows at once where the data set gives them so."""
+    if not isinstance(dataset, Dataset):
+        yield [np.asarray(dataset[index][name]) for index in range(len(dataset))]
+        return
+    for rows in dataset.select_columns([name]).with_format(None).iter(_ROWS_AT_ONCE):
+        yield [np.asarray(row) for row in rows[name]]
+
+
+def _count_rows(rows: list[NDArray[Any]], classes: int, where: str) -> NDArray[np.float64]:
+    """How many rows of 0 and 1 have each class: [classes]."""
+    wrong = next((row.shape for row in rows if row.shape != (classes,)), None)
+    if wrong is not None:
+        raise InputError(Problem(where, f"has shape {wrong} for {classes} classes.", "Give 0 or 1 each."))
+    return np.sum(rows, axis=0, dtype=np.float64)
+
+
+def _count_labels(rows: list[NDArray[Any]], classes: int, where: str) -> NDArray[np.int64]:
+    """How many labels of all rows are of each class: [classes]."""
     labels = np.concatenate([row.reshape(-1) for row in rows])
     labels = labels[labels != IGNORED]
     if labels.dtype.kind not in "iu" or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
         bad = next(value for value in labels.tolist() if not (isinstance(value, int) and 0 <= value < classes))
         raise InputError(
-            Problem(
-                f"{where}.{name}", f"has the label {bad!r}, the model classes 0 to {classes - 1}.", "Set num_labels."
-            )
+            Problem(where, f"has the label {bad!r}, the model classes 0 to {classes - 1}.", "Set num_labels.")
         )
-    return torch.from_numpy(np.bincount(labels, minlength=classes)).double()
+    return np.bincount(labels, minlength=classes)
 
 
 def _connect(trainer: Trainer, handle: ClassWeighing) -> None:
     """Patch `trainer` for a classifier that is weighed already; undone with the handle."""
     forward = cast(ClassForward, handle.forward)
     plain_batches, plain_step = trainer.get_batch_samples, trainer.training_step
-    plain_load = trainer._load_optimizer_and_scheduler
 
     @contextmanager
     def counting() -> Iterator[None]:
@@ -359,13 +352,8 @@ def _connect(trainer: Trainer, handle: ClassWeighing) -> None:
             samples, items = plain_batches(epoch_iterator, num_batches, device)
         if not samples:
             return samples, items
-        if items is None:
-            raise InputError(Problem("labels", "are missing from the batch.", "Use a collator that makes labels."))
+        items = check_labels(trainer, items)
         state = trainer.state
-        if state.global_step == 0 and not float(items):
-            raise InputError(
-                Problem("labels", "are all -100 in the first optimizer step, so there is nothing to learn.")
-            )
         forward.step, forward.progress = state.global_step, state.global_step / max(state.max_steps, 1)
         # The Trainer counted labels, over all processes and whatever shares a batch; ours is a multiple of that.
         labels = [sample["labels"] for sample in samples]
@@ -383,18 +371,4 @@ def _connect(trainer: Trainer, handle: ClassWeighing) -> None:
         with counting():
             return plain_step(*args, **options)
 
-    def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
-        plain_load(checkpoint)
-        if checkpoint is not None:
-            _load_state(Path(checkpoint), trainer, handle)
-
-    for name, value in (
-        ("get_batch_samples", get_batch_samples),
-        ("training_step", training_step),
-        ("_load_optimizer_and_scheduler", load_optimizer_and_scheduler),
-        ("loss_is_scaled_for_ga", True),
-    ):
-        handle.on_undo(replace_attribute(trainer, name, value))
-    callback = _Checkpoints(trainer, handle)
-    trainer.add_callback(callback)
-    handle.on_undo(lambda: trainer.remove_callback(callback))
+    patch_trainer(trainer, handle, get_batch_samples, training_step)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenwise.signals.head import OutputHead, row_tiles, tile_rows
-from tokenwise.signals.products import SumOfProducts, multiply
 from tokenwise.weighting.base import TokenBatch
-from tokenwise.weighting.loss import _slice, _WeightedSum
+from tokenwise.weighting.head_gradients import HeadGradients, MadeInForward
 
 States = tuple[Tensor, OutputHead]
 """Hidden states [positions, hidden] and the head that reads them."""
@@ -49,7 +48,7 @@ def logit_sum(
     Args:
         hidden: [positions, hidden].
         head: the output head.
-        rows: position of each labelled token, [tokens], int64.
+        rows: position of each labelled token, [tokens], int64, rising.
         batch: these tokens.
         objective: the loss.
         reference: hidden states of the reference model at the same positions, and its head.
@@ -64,11 +63,11 @@ def logit_sum(
     return total
 
 
-class _LogitSum(_WeightedSum):
-    """As the weighted sum, whose backward it shares; the gradient of a tile comes from the objective."""
+class _LogitSum(MadeInForward):
+    """As the weighted sum, but the loss and the gradient of a tile come from the objective."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -81,7 +80,6 @@ class _LogitSum(_WeightedSum):
         low_memory: bool,
         wants_gradients: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
         dtype = head.compute_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         device, count = hidden.device, rows.shape[0]
@@ -92,11 +90,8 @@ class _LogitSum(_WeightedSum):
         tile = torch.empty(size, head.vocabulary, dtype=wide, device=device)
         reference_tile = None if reference is None else torch.empty_like(tile)
         total = torch.zeros((), dtype=wide, device=device)
-        hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
-        bias_gradient = torch.zeros(head.vocabulary, dtype=wide, device=device) if needs_bias else None
-        weight_gradient = None
-        if needs_weight:
-            weight_gradient = SumOfProducts(*weight.shape, rows=size, dtype=wide, device=device, low_memory=low_memory)
+        wanted = [wants_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        gradients = HeadGradients(wanted, hidden, weight, bias, rows, factors=factors, tile=tile, low_memory=low_memory)
 
         with torch.autocast(device.type, enabled=False):
             for part in row_tiles(count, size):
@@ -112,28 +107,17 @@ class _LogitSum(_WeightedSum):
                 cap_slope = None
                 if head.softcap is not None:
                     cap_slope = (logits / head.softcap).square_().neg_().add_(1)
-                values, gradient = objective.tile(logits, _slice(batch, part), reference_logits)
+                values, gradient = objective.tile(logits, batch.part(part), reference_logits)
                 total += values.sum()
                 # From here on the tile holds d total / d (h @ weight.T + bias).
                 if cap_slope is not None:
                     gradient = gradient.mul_(cap_slope)
                 if head.logit_scale != 1.0:
                     gradient = gradient.mul_(head.logit_scale)
-                narrow = gradient.to(dtype)
-                if hidden_gradient is not None:
-                    product = multiply(narrow, factors.t(), dtype)
-                    hidden_gradient.index_copy_(0, rows[part], product.to(hidden.dtype))
-                if weight_gradient is not None:
-                    weight_gradient.add(narrow, chosen)
-                if bias_gradient is not None:
-                    bias_gradient += gradient.sum(0)
+                gradients.add(part, chosen, gradient)
                 # Where the product allocates, two tiles would live at once.
-                del logits, reference_logits, gradient, narrow
+                del logits, reference_logits, gradient
 
-        ctx.gradients = (
-            hidden_gradient,
-            None if weight_gradient is None else weight_gradient.total().to(weight.dtype),
-            None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
-        )
+        ctx.gradients = gradients.totals()
         ctx.set_materialize_grads(False)
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,8 @@ from tokenwise.signals.head import (
     token_statistics,
     top_entropy,
 )
-from tokenwise.signals.products import SumOfProducts, multiply
 from tokenwise.weighting.base import PointwiseWeighter, TokenBatch
+from tokenwise.weighting.head_gradients import HeadGradients, MadeInForward
 
 Pointwise = Callable[[TokenBatch], tuple[Tensor, Tensor]]
 
@@ -136,7 +136,7 @@ def weighted_sum(
     Args:
         hidden: [positions, hidden].
         head: the output head.
-        rows: position of each labelled token, [tokens], int64.
+        rows: position of each labelled token, [tokens], int64, rising.
         batch: these tokens; its tensors are sliced along with the tiles for a pointwise function.
         weights: [tokens], or a function from a TokenBatch with `nll` to (loss, d loss / d nll), or None for 1.
         reads: which `STATISTICS` the pointwise function reads; other names are ignored.
@@ -198,8 +198,8 @@ def weighted_sum(
     return WeightedSum(total, slopes, nll, values, *(statistics if metrics != "none" else ()))
 
 
-class _WeightedSum(torch.autograd.Function):
-    """Forward makes the loss and both gradients; backward multiplies them by the incoming scalar."""
+class _WeightedSum(MadeInForward):
+    """Forward makes the loss and its gradients; backward multiplies them by the incoming scalar."""
 
     @staticmethod
     def forward(
@@ -216,16 +216,13 @@ class _WeightedSum(torch.autograd.Function):
         low_memory: bool,
         wants_gradients: bool,
     ) -> tuple[Tensor, ...]:
-        needs_hidden, needs_weight, needs_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
         count, vocabulary = rows.shape[0], head.vocabulary
         dtype = head.compute_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         factors = weight.detach().to(dtype)
         device = hidden.device
 
-        hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
-        bias_gradient = torch.zeros(vocabulary, dtype=wide, device=device) if needs_bias else None
-        # Positions without a gap need neither a gather nor a scatter.
+        # Positions without a gap need no gather.
         dense = count == hidden.shape[0]
 
         nll = torch.empty(count, dtype=wide, device=device)
@@ -237,9 +234,8 @@ class _WeightedSum(torch.autograd.Function):
         size = min(tile_rows(vocabulary, low_memory), count)
         tile = torch.empty(size, vocabulary, dtype=wide, device=device)
         spare = torch.empty_like(tile) if entropies is not None or head.softcap is not None else None
-        weight_gradient = None
-        if needs_weight:
-            weight_gradient = SumOfProducts(*weight.shape, rows=size, dtype=wide, device=device, low_memory=low_memory)
+        wanted = [wants_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        gradients = HeadGradients(wanted, hidden, weight, bias, rows, factors=factors, tile=tile, low_memory=low_memory)
 
         with torch.autocast(device.type, enabled=False):
             for part in row_tiles(count, size):
@@ -263,7 +259,7 @@ class _WeightedSum(torch.autograd.Function):
                 if tops is not None:
                     tops[part] = logits.argmax(1) == labels.squeeze(1)
                 if callable(weights):
-                    seen = _slice(batch, part)
+                    seen = batch.part(part)
                     seen.nll = losses
                     if "top_entropy" in reads:
                         seen.top_entropy = top_entropy(probabilities)
@@ -278,7 +274,7 @@ class _WeightedSum(torch.autograd.Function):
                 total += value.sum()
                 values[part] = value
                 slopes[part] = slope
-                if not (needs_hidden or needs_weight or needs_bias):
+                if not gradients.wanted:
                     continue
 
                 # From here on the tile holds d total / d (h @ weight.T + bias).
@@ -289,26 +285,11 @@ class _WeightedSum(torch.autograd.Function):
                 scale = slope if head.logit_scale == 1.0 else slope * head.logit_scale
                 if weights is not None or head.logit_scale != 1.0:
                     gradient.mul_(scale.unsqueeze(1))
-                narrow = gradient.to(dtype)
-                if hidden_gradient is not None:
-                    product = multiply(narrow, factors.t(), dtype)
-                    if dense:
-                        hidden_gradient[part] = product
-                    else:
-                        hidden_gradient.index_copy_(0, rows[part], product.to(hidden.dtype))
-                if weight_gradient is not None:
-                    weight_gradient.add(narrow, chosen)
-                if bias_gradient is not None:
-                    bias_gradient += gradient.sum(0)
+                gradients.add(part, chosen, gradient)
                 # Where the product allocates, two tiles would live at once.
-                del logits, probabilities, gradient, narrow
+                del logits, probabilities, gradient
 
-        # Not save_for_backward: these are no inputs or outputs, and backward may scale them in place.
-        ctx.gradients = (
-            hidden_gradient,
-            None if weight_gradient is None else weight_gradient.total().to(weight.dtype),
-            None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
-        )
+        ctx.gradients = gradients.totals()
         statistics = (
             nll,
             slopes,
@@ -320,28 +301,8 @@ class _WeightedSum(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return (total, *statistics)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, incoming: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "The weighted loss makes its gradients in the forward pass, so backward can run through it only once. "
-                "Run the forward pass again."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = [
-            None if gradient is None or incoming is None else gradient.mul_(incoming.to(gradient.dtype))
-            for gradient in gradients
-        ]
-        return (*scaled, None, None, None, None, None, None, None, None)
-
 
 def _losses_of(head: OutputHead, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
     tile = torch.empty(hidden.shape[0], head.vocabulary, dtype=dtype, device=hidden.device)
     logits = head.tile_of_logits(hidden, weight, tile)
     return logits.logsumexp(1) - logits.gather(1, labels).squeeze(1)
-
-
-def _slice(batch: TokenBatch, part: slice) -> TokenBatch:
-    parts: dict[str, Any] = {name: value[part] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **parts)

@@ -14,7 +14,7 @@ from tokenwise.policies.weights import group_mean, group_sum
 from tokenwise.signals.losses import probability_power
 from tokenwise.weighting.base import TokenBatch
 from tokenwise.weighting.objective import Term
-from tokenwise.weighting.unlearning import OPEN_UNLEARNING, Unlearner
+from tokenwise.weighting.unlearning import OPEN_UNLEARNING, Unlearner, ascent
 
 _PAPER = Paper(
     title="Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning", arxiv="2505.11953", venue="ICML 2025"
@@ -52,7 +52,7 @@ class _Reweighted(Unlearner):
             if self.granularity == "batch" and batch.sequences:
                 per_sequence = per_sequence.mean().expand(batch.sequences)
             weights = per_sequence[batch.sequence]
-        return -weights * batch.nll, -weights
+        return ascent(batch.nll, weights)
 
 
 class SatImp(_Reweighted):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,15 @@ def connect(trainer: Trainer, handle: Weighing, columns: TrainingColumns) -> Non
     """Patch `trainer` for a model that is weighed already, and carry its `columns`; undone with the handle."""
     forward, method = handle.forward, handle.method
     plain_batches, plain_step = trainer.get_batch_samples, trainer.training_step
-    plain_load = trainer._load_optimizer_and_scheduler
     returned: list[Tensor] = []
 
     def get_batch_samples(
         epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         samples, items = plain_batches(epoch_iterator, num_batches, device)
-        if samples and items is None:
-            raise InputError(Problem("labels", "are missing from the batch.", "Use a collator that makes labels."))
-        if samples and trainer.state.global_step == 0 and not int(items):  # type: ignore[arg-type]
-            raise InputError(
-                Problem(
-                    "labels",
-                    "are all -100 in the first optimizer step, so there is nothing to learn.",
-                    "Check what masks them: a response template that never matches, or truncation before the answer.",
-                )
-            )
+        if samples:
+            fix = "Check what masks them: a response template that never matches, or truncation before the answer."
+            check_labels(trainer, items, fix)
         returned.clear()
         forward.step, forward.pending = trainer.state.global_step, None
         if isinstance(forward, ObjectiveForward):
@@ -123,6 +115,42 @@ def connect(trainer: Trainer, handle: Weighing, columns: TrainingColumns) -> Non
         # The Trainer sums what the micro-batches return; the last one settles the account.
         return sum(returned[1:], start=returned[0]) * factor - sum(returned[:-1], start=torch.zeros_like(loss))
 
+    # The patched forward takes the count whatever the model's own does, and divides by it.
+    handle.on_undo(replace_attribute(trainer, "model_accepts_loss_kwargs", True))
+    patch_trainer(trainer, handle, get_batch_samples, training_step)
+    columns.connect(handle)
+    log_weights(trainer, handle)
+
+
+def check_labels(trainer: Trainer, items: Tensor | int | None, fix: str = "") -> Tensor | int:
+    """Refuse an optimizer step without labels, and a first one in which all are ignored.
+
+    Args:
+        trainer: the trainer.
+        items: how many labels it counted in the step.
+        fix: what to do where all are ignored.
+
+    Returns:
+        The number of labels.
+
+    Raises:
+        InputError: naming what is wrong.
+    """
+    if items is None:
+        raise InputError(Problem("labels", "are missing from the batch.", "Use a collator that makes labels."))
+    if trainer.state.global_step == 0 and not int(items):
+        message = "are all -100 in the first optimizer step, so there is nothing to learn."
+        raise InputError(Problem("labels", message, fix))
+    return items
+
+
+def patch_trainer(
+    trainer: Trainer, handle: Weighing, get_batch_samples: Callable[..., Any], training_step: Callable[..., Tensor]
+) -> None:
+    """Let `trainer` use these in the place of its methods, leave its loss undivided, and carry the method's state in
+    its checkpoints; undone with the handle."""
+    plain_load = trainer._load_optimizer_and_scheduler
+
     def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
         plain_load(checkpoint)
         if checkpoint is not None:
@@ -132,13 +160,9 @@ def connect(trainer: Trainer, handle: Weighing, columns: TrainingColumns) -> Non
         ("get_batch_samples", get_batch_samples),
         ("training_step", training_step),
         ("_load_optimizer_and_scheduler", load_optimizer_and_scheduler),
-        # The patched forward takes the count whatever the model's own does, and divides by it.
-        ("model_accepts_loss_kwargs", True),
         ("loss_is_scaled_for_ga", True),
     ):
         handle.on_undo(replace_attribute(trainer, name, value))
-    columns.connect(handle)
-    log_weights(trainer, handle)
     callback = _Checkpoints(trainer, handle)
     trainer.add_callback(callback)
     handle.on_undo(lambda: trainer.remove_callback(callback))

@@ -60,9 +60,19 @@ class Divergence(LogitObjective):
         return divergence_from(logits, reference_logits)
 
 
-def _ascent(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def ascent(nll: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses that raise `nll` by detached weights, and their derivative: [tokens] each."""
+    return -weights * nll, -weights
+
+
+def _plain_ascent(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     assert batch.nll is not None
-    return -batch.nll, -torch.ones_like(batch.nll)
+    return ascent(batch.nll, torch.ones_like(batch.nll))
+
+
+def _fading_ascent(risen: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """``2 / beta * softplus(-beta * risen)`` and its derivative: ascent that fades as the loss has risen."""
+    return functional.softplus(-beta * risen) * (2 / beta), -2 * torch.sigmoid(-beta * risen)
 
 
 class GradientAscent(Unlearner):
@@ -86,7 +96,7 @@ class GradientAscent(Unlearner):
     """The retain term: the loss of what is to be kept, its divergence from the reference, or none."""
 
     def forget_term(self) -> Term:
-        return Term("forget", "forget", self.forget_coefficient, _ascent)
+        return Term("forget", "forget", self.forget_coefficient, _plain_ascent)
 
 
 class GradientDifference(Unlearner):
@@ -101,7 +111,7 @@ class GradientDifference(Unlearner):
     )
 
     def forget_term(self) -> Term:
-        return Term("forget", "forget", self.forget_coefficient, _ascent)
+        return Term("forget", "forget", self.forget_coefficient, _plain_ascent)
 
 
 class NPO(Unlearner):
@@ -142,8 +152,7 @@ class NPO(Unlearner):
         assert batch.nll is not None
         assert batch.reference_nll is not None
         gained = group_sum(batch.nll - batch.reference_nll, batch.sequence, batch.sequences)
-        values = functional.softplus(-self.beta * gained) * (2 / self.beta)
-        slopes = -2 * torch.sigmoid(-self.beta * gained)
+        values, slopes = _fading_ascent(gained, self.beta)
         return values, slopes[batch.sequence]
 
 
@@ -176,9 +185,8 @@ class SimNPO(Unlearner):
         assert batch.nll is not None
         lengths = torch.bincount(batch.sequence, minlength=batch.sequences)
         mean = group_sum(batch.nll, batch.sequence, batch.sequences) / lengths
-        values = functional.softplus(-self.beta * (mean - self.delta)) * (2 / self.beta)
-        slopes = -2 * torch.sigmoid(-self.beta * (mean - self.delta)) / lengths
-        return values, slopes[batch.sequence]
+        values, slopes = _fading_ascent(mean - self.delta, self.beta)
+        return values, (slopes / lengths)[batch.sequence]
 
 
 class WGA(Unlearner):
@@ -204,5 +212,4 @@ class WGA(Unlearner):
 
     def _losses(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         assert batch.nll is not None
-        weights = probability_power(batch.nll, self.beta, 0.0)
-        return -weights * batch.nll, -weights
+        return ascent(batch.nll, probability_power(batch.nll, self.beta, 0.0))

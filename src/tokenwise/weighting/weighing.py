@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
+from tokenwise.models.patch import replace_attribute
 from tokenwise.weighting.diagnostics import WeightSums, measure
 from tokenwise.weighting.forward import Weighed, WeightedForward
 
@@ -67,3 +73,54 @@ class Weighing(Handle):
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         return factor
+
+
+def check_not_weighed(model: Any) -> None:
+    """Refuse a model whose loss another handle makes.
+
+    Raises:
+        InputError: naming the way out.
+    """
+    if hasattr(model.forward, "tokenwise"):
+        raise InputError(
+            Problem(
+                "model", "is weighed already.", "Undo that handle first; two weightings of one loss exclude another."
+            )
+        )
+
+
+def replace_forward(
+    handle: Weighing,
+    weighted: Callable[..., Any],
+    labels: Collection[str] = ("labels",),
+    columns: Collection[str] = (),
+) -> None:
+    """Let the handle's model call `weighted` instead of its own forward while it trains; undone with the handle.
+
+    Args:
+        handle: the handle, which the new forward carries as its attribute ``tokenwise``.
+        weighted: takes what the model takes.
+        labels: inputs of which one must be there; without them the model's own forward is called.
+        columns: inputs that the model's own forward does not know.
+    """
+    model = handle.forward.model
+    original = model.forward
+    active = True
+
+    @functools.wraps(original)
+    def forward(*args: Any, **inputs: Any) -> Any:
+        if active and model.training and any(inputs.get(name) is not None for name in labels):
+            return weighted(*args, **inputs)
+        for name in columns:
+            inputs.pop(name, None)
+        return original(*args, **inputs)
+
+    forward.tokenwise = handle  # type: ignore[attr-defined]
+    handle.on_undo(replace_attribute(model, "forward", forward))
+
+    def stop() -> None:
+        nonlocal active
+        active = False
+        del forward.tokenwise  # type: ignore[attr-defined]
+
+    handle.on_undo(stop)
