@@ -70,7 +70,7 @@ def test_marked_blocks_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_mark_is_understood(page):
     marks = re.findall(r"<!--.*?-->", page.read_text(encoding="utf-8"))
-    lists = [mark for mark in marks if re.fullmatch(r"<!-- (methods: \w+( \w+)?|cards|correctness) -->", mark)]
+    lists = [mark for mark in marks if re.fullmatch(r"<!-- (methods: \w+( \w+)?|cards|correctness: \w+) -->", mark)]
     assert len(marks) == len(lists) + len(blocks(page))
 
 
@@ -117,7 +117,7 @@ def hooks():
 def test_catalog_page_has_a_card_for_every_method(hooks):
     page = hooks.on_page_markdown((ROOT / "docs" / "catalog.md").read_text(encoding="utf-8"))
     for entry in catalog.entries().values():
-        assert f"## {entry['name']} {{ #{entry['name']} }}" in page
+        assert f"## {entry['name']} {{ #{hooks.anchor(entry)} }}" in page
         assert entry["checked"] in page
         for field in entry["fields"].values():
             assert field["description"] in page
@@ -128,9 +128,9 @@ def test_every_family_has_a_table_on_its_page(hooks):
         page = hooks.on_page_markdown((ROOT / "docs" / f"{family}.md").read_text(encoding="utf-8"))
         for entry in catalog.entries().values():
             if entry["family"] == family:
-                assert f"[`{entry['name']}`](catalog.md#{entry['name']})" in page
+                assert f"[`{entry['name']}`](catalog.md#{hooks.anchor(entry)})" in page
 
 
 def test_table_cells_cannot_break_the_table(hooks):
-    entry = {"name": "x", "summary": "a | b", "paper": None, "needs": []}
-    assert hooks.table([entry]).splitlines()[2] == r"| [`x`](catalog.md#x) | a \| b | - | - |"
+    entry = {"id": "weighting/x", "name": "x", "summary": "a | b", "paper": None, "needs": []}
+    assert hooks.table([entry]).splitlines()[2] == r"| [`x`](catalog.md#weighting-x) | a \| b | - | - |"

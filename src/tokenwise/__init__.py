@@ -18,12 +18,25 @@ _PUBLIC = {
     "align_new_rows": "tokenwise.weighting.weight_aligning",
     "compare": "tokenwise.comparison",
     "focal_info_nce": "tokenwise.signals.classes",
+    "prune_inputs": "tokenwise.reduction.inputs",
+    "reduce": "tokenwise.reduction.apply",
     "unlearn": "tokenwise.weighting.unlearning_run",
     "weigh": "tokenwise.weighting.apply",
     "weighted_linear_cross_entropy": "tokenwise.weighting.loss",
     "weighted_loss": "tokenwise.weighting.apply",
 }
-_SUBPACKAGES = {"catalog", "comparison", "errors", "method", "models", "policies", "scores", "signals", "weighting"}
+_SUBPACKAGES = {
+    "catalog",
+    "comparison",
+    "errors",
+    "method",
+    "models",
+    "policies",
+    "reduction",
+    "scores",
+    "signals",
+    "weighting",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -37,7 +50,8 @@ def __getattr__(name: str) -> Any:
 
         found = [entry for entry in catalog.entries().values() if entry["class"] == name]
         if len(found) != 1:
-            raise AttributeError(f"module 'tokenwise' has no attribute {name!r}")
+            fix = "; write " + " or ".join(f"tokenwise.{entry['family']}.{name}" for entry in found) if found else ""
+            raise AttributeError(f"module 'tokenwise' has no attribute {name!r}{fix}")
         value = getattr(importlib.import_module(found[0]["module"]), name)
     else:
         raise AttributeError(f"module 'tokenwise' has no attribute {name!r}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenwise.method import Method
 
 _FILE = Path(__file__).with_name("catalog.json")
-FAMILIES = ("weighting",)
+FAMILIES = ("weighting", "reduction")
 
 
 @functools.cache
@@ -32,8 +32,10 @@ def entries() -> dict[str, dict[str, Any]]:
     return {entry["id"]: entry for entry in json.loads(_FILE.read_text(encoding="utf-8"))}
 
 
-def find(name: str, where: str = "method") -> dict[str, Any]:
+def find(name: str, where: str = "method", family: str | None = None) -> dict[str, Any]:
     """The entry of `name`: an id (``weighting/excess_loss``), a name (``excess_loss``) or a class name.
+
+    Of several families that have the name, `family` is meant where it is given.
 
     Raises:
         InputError: when no method is called so (the nearest is suggested), or several families have one.
@@ -42,6 +44,8 @@ def find(name: str, where: str = "method") -> dict[str, Any]:
     if name in known:
         return known[name]
     found = [entry for entry in known.values() if name in (entry["name"], entry["class"])]
+    if len(found) > 1:
+        found = [entry for entry in found if entry["family"] == family] or found
     if len(found) == 1:
         return found[0]
     if found:
@@ -51,18 +55,19 @@ def find(name: str, where: str = "method") -> dict[str, Any]:
     raise InputError(Problem(where, f"there is no method {name!r}.", nearest(name, names)))
 
 
-def load_class(name: str, where: str = "method", folder: Path | None = None) -> type[Method]:
+def load_class(name: str, where: str = "method", folder: Path | None = None, family: str | None = None) -> type[Method]:
     """The class of a method by catalog name, or ``./file.py:ClassName`` for one of the user's own.
 
     Args:
         name: as in `find`, or a path to a Python file, a colon and a class name.
         where: the field to name in an error.
         folder: where relative paths start; the current folder unless given.
+        family: the one that is meant where several have the name.
     """
     from tokenwise.method import Method
 
     if ".py:" not in name:
-        entry = find(name, where)
+        entry = find(name, where, family)
         return getattr(importlib.import_module(entry["module"]), entry["class"])
     file, _, attribute = name.rpartition(":")
     path = (folder or Path.cwd()) / file
@@ -84,7 +89,7 @@ def load_class(name: str, where: str = "method", folder: Path | None = None) -> 
     return found
 
 
-def build(spec: Any, where: str = "method", folder: Path | None = None) -> Method:
+def build(spec: Any, where: str = "method", folder: Path | None = None, family: str | None = None) -> Method:
     """A method from what a plan or a command line says: a name, or ``{name: {field: value}}``.
 
     Raises:
@@ -99,7 +104,7 @@ def build(spec: Any, where: str = "method", folder: Path | None = None) -> Metho
         raise InputError(Problem(where, f"{spec!r} is not a method.", "Write a name, or {name: {field: value}}."))
     if not isinstance(name, str) or not isinstance(fields, Mapping):
         raise InputError(Problem(where, f"{spec!r} is not a method.", "Write a name, or {name: {field: value}}."))
-    method_class = load_class(name, where, folder)
+    method_class = load_class(name, where, folder, family)
     try:
         return method_class(**{str(key): value for key, value in fields.items()})
     except InputError as error:
@@ -112,7 +117,7 @@ def build(spec: Any, where: str = "method", folder: Path | None = None) -> Metho
 
 def generate() -> list[dict[str, Any]]:
     """The catalog's entries, read from the classes."""
-    from tokenwise.method import Method
+    from tokenwise.method import UNCHECKED, Method
 
     for family in FAMILIES:
         package = importlib.import_module(f"tokenwise.{family}")
@@ -123,7 +128,7 @@ def generate() -> list[dict[str, Any]]:
         return [child for sub in parent.__subclasses__() for child in [sub, *leaves(sub)]]
 
     classes = {c for c in leaves(Method) if c.__module__.startswith("tokenwise.")}
-    found = [_entry(c) for c in classes if not inspect.isabstract(c)]
+    found = [_entry(c) for c in classes if not inspect.isabstract(c) and c.card.checked != UNCHECKED]
     return sorted(found, key=lambda entry: entry["id"])
 
 

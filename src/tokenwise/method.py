@@ -68,6 +68,10 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+UNCHECKED = "a method of your own: nothing was checked"
+"""What stands in the card of a class that brings none."""
+
+
 class Method(BaseModel):
     """A named composition of signal, policy and action; its fields are its hyper-parameters.
 
@@ -98,7 +102,7 @@ class Method(BaseModel):
             cls.card = Card(
                 id=f"{family}/{snake_case(cls.__name__)}",
                 status="RECONSTRUCTION",
-                checked="a method of your own: nothing was checked",
+                checked=UNCHECKED,
             )
 
     @classmethod

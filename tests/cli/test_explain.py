@@ -185,8 +185,7 @@ def test_attention_to_the_prompt_is_shown(chat_model, tmp_path, capsys):
         ("weighted_instruction_tuning", "'completion_mask'.*--chat"),
         ("fault_aware_static", "'difference'.*fault_pair"),
         ("ss_token_average", "'prompt_attention'.*--chat"),
-        ("npo", "tokenwise unlearn"),
-        ("ldam", "task classification"),
+        ("ldam", "rows with text and label by --data"),
         ("wagle", "mask_parameters"),
     ],
 )
@@ -215,10 +214,49 @@ def test_unusable_rows_and_rules_are_one_clear_message(chat_model, tmp_path, cap
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
+def test_what_unlearning_does_is_drawn_with_its_sign(chat_model, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    arguments = ["--method", "gradient_difference", "-p", "forget_coefficient=0.5", "--html", str(page)]
+    assert main(["explain", chat_model, "def add", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "factor: factor of the gradient of the token's loss; below 0 the loss is raised"
+    assert lines[2].split() == ["factor", "nats", "token"]
+    assert {line.split()[0] for line in lines[4:-2]} == {"-0.5"}
+    assert "mean factor -0.5, 0% with a factor above 0, 100% below 0, mean loss" in lines[-2]
+    drawn = page.read_text(encoding="utf-8")
+    assert 'class="w below" style="--s:100" title="factor -0.5, ' in drawn
+    assert "Factor: factor of the gradient" in drawn
+
+
+@pytest.mark.parametrize(("forget", "weight"), [(True, -1.0), (False, 0.25), (0, 0.25)])
+def test_a_row_says_whether_it_is_forgotten_or_kept(chat_model, forget, weight):
+    fields = {"retain_coefficient": 0.25}
+    view = explain.explain(chat_model, {**CHAT, "forget": forget}, "gradient_difference", fields)
+    assert {value for value in view.weights if value is not None} == {weight}
+    assert weighted_text(view)[1] == "[user] def f<|endoftext|>\n[assistant] "
+
+
+def test_what_is_no_factor_is_drawn_as_the_gradient_at_the_logits(chat_model, capsys):
+    assert main(["explain", chat_model, "def add(first)", "--method", "ceu", "-p", "skip=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("gradient: norm of the gradient at the token's logits; below 0 the token is made less")
+    found = [float(line.split()[0]) for line in lines[4:-1]]
+    assert found[:2] == [0, 0]
+    assert all(-1.5 < value < 0 for value in found[2:])
+
+
+def test_forget_is_yes_or_no(chat_model):
+    with pytest.raises(InputError, match="'forget' holds 'some'"):
+        explain.explain(chat_model, {**CHAT, "forget": "some"}, "npo", {})
+    with pytest.raises(InputError, match=r"'reference_nll'.*column of a scored"):
+        explain.explain(chat_model, CHAT, "npo", {"reference": "reference_nll"})
+
+
 def test_a_text_or_a_chat_is_needed(tmp_path, capsys):
     assert main(["explain", "./model", "--method", "uniform"]) == 2
     assert main(["explain", "./model", "text", "--chat", "rows.jsonl", "--method", "uniform"]) == 2
-    assert capsys.readouterr().err.count("not both") == 2
+    assert main(["explain", "./model", "text", "--data", "rows.jsonl", "--method", "uniform"]) == 2
+    assert capsys.readouterr().err.count("not more than one") == 3
     plain = tmp_path / "rows.txt"
     plain.write_text("text", encoding="utf-8")
     assert main(["explain", "./model", "--chat", str(plain), "--method", "uniform"]) == 2

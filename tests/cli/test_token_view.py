@@ -72,3 +72,19 @@ def test_prompts_stand_back_and_their_attention_is_shown(printed, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count('class="prompt" title="read, not learnt"') == 2
     assert 'title="weight 1, 0.5 nats, 0.25 of its attention on the prompt"' in page
+
+
+SIGNED = TokenView("ascent", ["a", "b", "c"], [None, -2.0, 1.0], [None, 1.0, 1.0], quantity="factor")
+
+
+def test_below_zero_is_another_colour_with_a_legend_of_both_signs(printed, tmp_path):
+    out = printed(SIGNED, force_terminal=True, color_system="truecolor")
+    assert "\x1b[30;48;2;82;160;255mb\x1b" in out
+    legend = re.sub(r"\x1b\[[^m]*m", "", out).splitlines()
+    assert [float(word) for word in legend[4].split()[1:6]] == [-2, -1, 0, 1, 2]
+    assert legend[5] == "factor of the gradient of the token's loss; below 0 the loss is raised"
+    write_html(tmp_path / "page.html", SIGNED)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<span class="w below" style="--s:100" title="factor -2, 1 nats">b</span>' in page
+    assert '<span class="w" style="--s:50" title="factor 1, 1 nats">c</span>' in page
+    assert "50% with a factor above 0, 50% below 0" in page

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from reference_steps import check_official_loss
 
 import tokenwise as tw
 from tokenwise.signals import head as head_module
@@ -20,14 +21,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "llamafactory_eaft.j
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"alpha {case['alpha']}")
 def test_equals_llama_factory(case):
-    hidden, weight = (torch.tensor(GOLDEN[name], requires_grad=True) for name in ("hidden", "weight"))
-    labels = F.pad(torch.tensor(GOLDEN["labels"])[:, 1:], (0, 1), value=-100)
-    method = tw.EAFT(alpha=case["alpha"])
-    loss = weighted_linear_cross_entropy(hidden, weight, labels, weights=method, denominator=GOLDEN["num_items"])
-    loss.backward()
-    assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
-    torch.testing.assert_close(hidden.grad, torch.tensor(case["hidden_gradient"]), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(weight.grad, torch.tensor(case["weight_gradient"]), atol=1e-6, rtol=1e-5)
+    check_official_loss(tw.EAFT(alpha=case["alpha"]), GOLDEN, case)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

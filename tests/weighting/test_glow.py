@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import packed, padded, sequences, train, with_sample_ids
+from reference_steps import distance
 from safetensors.torch import load_file
-from test_trainer import distance, packed, padded, sequences, train, with_sample_ids
 
 import tokenwise as tw
 from tokenwise.errors import InputError

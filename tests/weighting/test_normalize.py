@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-import torch.nn.functional as F
-from test_trainer import LAYOUTS, TOLERANCE, FocalSequenceMean, distance, packed, padded, sequences
+from layouts import packed, padded, sequences, train
+from reference_steps import TOLERANCE, distance, step, weighted_step
+from test_trainer import LAYOUTS, FocalSequenceMean
 from transformers import Trainer, TrainingArguments
 
 import tokenwise as tw
 from tokenwise.errors import InputError
-from tokenwise.weighting.base import TokenBatch
 
 
 class Scaled(tw.weighting.TokenWeighter):
@@ -34,97 +32,46 @@ METHODS = {
 }
 
 
-def train(model, rows, method, folder, normalize, batch=8, accumulate=1, **options):
-    model = copy.deepcopy(model)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        report_to=[],
-        logging_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-        train_sampling_strategy="sequential",
-        **{"max_steps": 1, "save_strategy": "no", **options},
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    handle = tw.weigh(trainer, method, normalize=normalize)
-    trainer.train()
-    return model, handle
-
-
-def reference_step(model, pairs, method):
-    """One SGD step on whole logits, all sequences unpadded, each weight over the sum of their sizes."""
-    model = copy.deepcopy(model)
-    losses, entropies, targets, sequence, lengths = [], [], [], [], []
-    for tokens, labels in pairs:
-        kept = labels[1:] != -100
-        if not kept.any():
-            continue
-        logits = model(tokens[None]).logits[0, :-1][kept]
-        losses.append(F.cross_entropy(logits, labels[1:][kept], reduction="none"))
-        entropies.append(-(logits.softmax(1) * logits.log_softmax(1)).sum(1).detach())
-        targets.append(labels[1:][kept])
-        sequence.append(torch.full((int(kept.sum()),), len(sequence)))
-        lengths.append(torch.full((int(kept.sum()),), float(kept.sum())))
-    nll = torch.cat(losses)
-    batch = TokenBatch(torch.cat(targets), torch.cat(sequence), len(losses), 0, nll.detach(), torch.cat(entropies))
-    weights = method.weights(batch, None).double()
-    if method.reduction == "sequence_mean":
-        weights = weights / torch.cat(lengths)
-    ((weights * nll).sum() / weights.abs().sum()).backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.5 * parameter.grad
-    return model
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_layout_gives_the_update_of_the_reference(name, tiny_llama, tmp_path):
     model, pairs, method = tiny_llama.double(), sequences(), METHODS[name]
-    expected = reference_step(model, pairs, method)
+    _, expected = weighted_step(model, pairs, method, normalize="mean")
     assert distance(expected, model) > 100 * TOLERANCE
     for layout, (batch, accumulate, kind) in LAYOUTS.items():
         rows = packed(pairs, 2) if kind == "packed" else padded(pairs, kind)
-        found, handle = train(model, rows, method, tmp_path, "mean", batch, accumulate)
+        found, _, handle = train(model, rows, method, tmp_path, batch, accumulate, normalize="mean")
         assert distance(found, expected) < TOLERANCE, layout
         assert handle.stats["effective_learning_rate"] == pytest.approx(1)
 
 
 def test_the_scale_of_the_weights_no_longer_matters(tiny_llama, tmp_path):
     rows = padded(sequences(), "right")
-    one, _ = train(tiny_llama.double(), rows, Scaled(factor=1.0), tmp_path, "mean", 2, 4)
-    ten, _ = train(tiny_llama, rows, Scaled(factor=10.0), tmp_path, "mean", 2, 4)
-    smaller, handle = train(tiny_llama, rows, Scaled(factor=1.0), tmp_path, "none", 2, 4)
+    one, *_ = train(tiny_llama.double(), rows, Scaled(factor=1.0), tmp_path, 2, 4, normalize="mean")
+    ten, *_ = train(tiny_llama, rows, Scaled(factor=10.0), tmp_path, 2, 4, normalize="mean")
+    smaller, _, handle = train(tiny_llama, rows, Scaled(factor=1.0), tmp_path, 2, 4)
     assert distance(one, ten) < TOLERANCE < distance(one, smaller)
     assert handle.stats["effective_learning_rate"] == pytest.approx(handle.stats["mean_weight"])
-    uniform, _ = train(tiny_llama, rows, tw.Uniform(), tmp_path, "mean", 2, 4)
-    plain, _ = train(tiny_llama, rows, tw.Uniform(), tmp_path, "none", 2, 4)
+    uniform, *_ = train(tiny_llama, rows, tw.Uniform(), tmp_path, 2, 4, normalize="mean")
+    plain, *_ = train(tiny_llama, rows, tw.Uniform(), tmp_path, 2, 4)
     assert distance(uniform, plain) < TOLERANCE
 
 
 def test_a_loop_of_ones_own(tiny_llama):
     model = tiny_llama.double().train()
     pairs = [pair for index, pair in enumerate(sequences()) if index != 3]
-    expected = reference_step(model, pairs, tw.DFT())
+    _, expected = weighted_step(model, pairs, tw.DFT(), normalize="mean")
     labels = sum(int((labels[1:] != -100).sum()) for _, labels in pairs)
     with tw.weigh(model, tw.DFT(), normalize="mean") as handle:
         for ids, targets in pairs:
             model(input_ids=ids[None], labels=targets[None], num_items_in_batch=labels).loss.backward()
         handle.correct_gradients(labels)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.5 * parameter.grad
+    step(model)
     assert distance(model, expected) < TOLERANCE
 
 
 def test_a_checkpoint_knows_it_and_a_wrong_word_is_refused(tiny_llama, tmp_path):
     rows = padded(sequences(), "right")
-    train(tiny_llama, rows, tw.DFT(), tmp_path, "mean", 2, 2, save_strategy="steps", save_steps=1)
+    train(tiny_llama, rows, tw.DFT(), tmp_path, 2, 2, normalize="mean", save_strategy="steps", save_steps=1)
     checkpoint = tmp_path / "checkpoint-1"
     assert '"normalize": "mean"' in (checkpoint / "tokenwise_method.json").read_text(encoding="utf-8")
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, optim="sgd", max_steps=2)

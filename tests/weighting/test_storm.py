@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,3 +81,13 @@ def test_state_goes_round():
     other.load_tensors({name: tensor.clone() for name, tensor in one.tensors().items()})
     assert torch.equal(losses(one), losses(other))
     assert torch.equal(losses(one), losses(other))
+
+
+def test_a_process_without_labels_keeps_none_waiting(tmp_path):
+    script = Path(__file__).with_name("two_processes_storm.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    subprocess.run([*map(str, command), str(tmp_path)], check=True, timeout=120, capture_output=True)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first, second)
+    fresh = torch.cat([p.detach().flatten() for p in Storm().start(Run(seed=0)).rescaler.parameters()])
+    assert not torch.equal(first, fresh)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import distance, padded, sequences, train
+from layouts import padded, sequences, train
+from reference_steps import distance
 
 import tokenwise as tw
 from tokenwise.errors import InputError

@@ -11,144 +11,14 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import packed, padded, sequences, train, with_sample_ids
+from reference_steps import TOLERANCE, distance, step, weighted_step
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import tokenwise as tw
 from tokenwise.errors import InputError
 from tokenwise.models.reference import ReferenceModel
-from tokenwise.weighting.base import TokenBatch
-
-# The models are fp64, but transformers' RMSNorm and rotary embedding compute in fp32 whatever the model's type.
-TOLERANCE = 1e-6
-LENGTHS = (12, 7, 12, 3, 9, 12, 5, 10)
-
-
-def sequences(seed=0):
-    """Eight sequences of different lengths with masked beginnings; the fourth has no label at all."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for index, length in enumerate(LENGTHS):
-        ids = torch.randint(1, 64, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: index % 3 + 1] = -100
-        if index == 3:
-            labels[:] = -100
-        found.append((ids, labels))
-    return found
-
-
-def padded(pairs, side):
-    def pad(values, fill):
-        size = (0, 12 - len(values)) if side == "right" else (12 - len(values), 0)
-        return F.pad(values, size, value=fill)
-
-    return [
-        {"input_ids": pad(ids, 0), "labels": pad(labels, -100), "attention_mask": pad(torch.ones_like(ids), 0)}
-        for ids, labels in pairs
-    ]
-
-
-def packed(pairs, per_row):
-    rows = []
-    for start in range(0, len(pairs), per_row):
-        part = pairs[start : start + per_row]
-        firsts = [torch.cat([torch.tensor([-100]), labels[1:]]) for _, labels in part]
-        rows.append(
-            {
-                "input_ids": torch.cat([ids for ids, _ in part]),
-                "labels": torch.cat(firsts),
-                "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in part]),
-            }
-        )
-    return rows
-
-
-def with_sample_ids(rows):
-    return [{**row, "sample_id": torch.full_like(row["input_ids"], index)} for index, row in enumerate(rows)]
-
-
-def train(model, rows, method, tmp_path, batch=8, accumulate=1, clip=0.0, steps=1, resume=None, **options):
-    model = copy.deepcopy(model)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        max_steps=steps,
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=clip,
-        report_to=[],
-        logging_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-        train_sampling_strategy="sequential",
-        seed=3,
-        **{"save_strategy": "no", **options},
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    handle = tw.weigh(trainer, method) if method is not None else None
-    trainer.train(resume_from_checkpoint=resume)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return model, losses, handle
-
-
-def reference_step(model, pairs, method, reference=None, clip=0.0):
-    """One SGD step on whole logits in fp64, all sequences at once and unpadded: (loss, model)."""
-    model = copy.deepcopy(model)
-    losses, entropies, top_entropies, targets, ids, reference_losses = [], [], [], [], [], []
-    for index, (tokens, labels) in enumerate(pairs):
-        kept = labels[1:] != -100
-        logits = model(tokens[None]).logits[0, :-1][kept]
-        target = labels[1:][kept]
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-        entropies.append(-(logits.softmax(1) * logits.log_softmax(1)).sum(1))
-        likeliest = logits.topk(20).values
-        top_entropies.append(-(likeliest.softmax(1) * likeliest.log_softmax(1)).sum(1))
-        targets.append(target)
-        ids.append(torch.full_like(target, index))
-        if reference is not None:
-            with torch.no_grad():
-                seen = reference(tokens[None]).logits[0, :-1][kept]
-            reference_losses.append(F.cross_entropy(seen, target, reduction="none"))
-    nll = torch.cat(losses)
-    names, sequence = torch.unique(torch.cat(ids), return_inverse=True)
-    batch = TokenBatch(
-        torch.cat(targets),
-        sequence,
-        len(names),
-        0,
-        nll.detach(),
-        torch.cat(entropies).detach(),
-        torch.cat(reference_losses) if reference is not None else None,
-        top_entropy=torch.cat(top_entropies).detach(),
-    )
-    weights = method.weights(batch, None)
-    if isinstance(method, tw.Focal):
-        loss = ((1 - torch.exp(-nll)) ** method.gamma * nll).sum() / len(nll)
-    else:
-        divisor = {
-            "token_mean": len(nll),
-            "weight_mean": weights.sum(),
-            "nonzero_mean": weights.count_nonzero(),
-            "sequence_mean": len(names),
-        }[method.reduction]
-        per_token = weights
-        if method.reduction == "sequence_mean":
-            per_token = weights / torch.bincount(sequence)[sequence]
-        loss = (per_token * nll).sum() / divisor
-    loss.backward()
-    if clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.5 * parameter.grad
-    return loss.item(), model
-
-
-def distance(one, other):
-    return max((p - q).abs().max().item() for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
 class FocalWeightMean(tw.weighting.PointwiseWeighter):
@@ -200,7 +70,7 @@ def test_every_layout_gives_the_update_of_the_fp64_reference(name, tiny_llama, r
         reference = type(model).from_pretrained(reference_directory).double().eval()
     pairs = sequences()
     for clip in (0.0, 0.05):
-        expected_loss, expected = reference_step(model, pairs, method, reference, clip)
+        expected_loss, expected = weighted_step(model, pairs, method, reference, clip=clip)
         for layout, (batch, accumulate, kind) in LAYOUTS.items():
             if clip and layout not in ("one batch", "accumulate 4"):
                 continue
@@ -301,16 +171,14 @@ def test_a_loop_of_ones_own_accumulates_and_corrects(tiny_llama):
     model = tiny_llama.double().train()
     pairs = [pair for index, pair in enumerate(sequences()) if index != 3]
     method = FocalWeightMean()
-    _, expected = reference_step(model, pairs, method)
+    _, expected = weighted_step(model, pairs, method)
     labels = sum(int((labels[1:] != -100).sum()) for _, labels in pairs)
     with tw.weigh(model, method) as handle:
         for ids, targets in pairs:
             model(input_ids=ids[None], labels=targets[None], num_items_in_batch=labels).loss.backward()
         handle.correct_gradients(labels)
         assert handle.correct_gradients(labels) == 1.0
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.5 * parameter.grad
+    step(model)
     assert distance(model, expected) < TOLERANCE
 
 
@@ -401,7 +269,7 @@ def test_two_processes_give_the_update_of_one(tiny_llama, reference_directory, t
     for name in ("dft", "excess_loss step", "dynamic_loss step", "focal weight_mean", "focal sequence_mean"):
         method = METHODS[name](reference_directory)
         used = reference if "reference" in type(method).model_fields else None
-        loss, expected = reference_step(model, sequences(), method, used, clip=0.05)
+        loss, expected = weighted_step(model, sequences(), method, used, clip=0.05)
         found = load_file(tmp_path / f"{name}.safetensors")
         theirs = expected.state_dict()
         for key, value in found.items():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_steps import loss_of_logits
 from torch import nn
 
 import tokenwise as tw
@@ -139,25 +140,6 @@ def test_groups_are_means_in_descending_order(lengths, size, seed):
     torch.testing.assert_close(mean_of_groups(weights, sequence, len(lengths), size), expected)
 
 
-def reference_value(name, logits, labels, theirs):
-    """The loss written out, for autograd: [rows]."""
-    log_p, p = logits.log_softmax(1), logits.softmax(1)
-    one_hot = F.one_hot(labels, logits.shape[1]).bool()
-    if name == "kl":
-        q = theirs.softmax(1)
-        return (q * (q.log() - log_p)).sum(1)
-    if name == "undial":
-        return -((theirs - 10 * one_hot).softmax(1) * log_p).sum(1)
-    if name == "ceu":
-        target = logits.detach().masked_fill(one_hot, -torch.inf).softmax(1)
-        return -(target * log_p).sum(1)
-    of_label = p[one_hot]
-    if name == "inverted_hinge":
-        return 1 + of_label - p.masked_fill(one_hot, -1).amax(1)
-    q = theirs.softmax(1)
-    return -of_label.detach() * of_label.log() + 0.1 * (q * (q.log() - log_p)).sum(1)
-
-
 OBJECTIVES = {
     "kl": Divergence(),
     "undial": _Adjusted(10.0),
@@ -186,7 +168,7 @@ def test_gradients_equal_autograd_in_fp64(name, softcap, monkeypatch):
     reference = (other, reference_head) if name in ("kl", "undial", "asft") else None
     total = logit_sum(hidden, head, rows, batch, OBJECTIVES[name], reference)
     found = torch.autograd.grad(2 * total, [hidden, weight, bias])
-    value = reference_value(name, head.logits(hidden[rows]), labels[rows], reference_head.logits(other[rows])).sum()
+    value = loss_of_logits(name, head.logits(hidden[rows]), labels[rows], reference_head.logits(other[rows])).sum()
     torch.testing.assert_close(total, value)
     for ours, theirs in zip(found, torch.autograd.grad(2 * value, [hidden, weight, bias]), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -10,15 +10,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
+from layouts import forget_columns, laid_out, sequences, train
+from reference_steps import TOLERANCE, distance, objective_step, step
 from safetensors.torch import load_file
-from test_trainer import TOLERANCE, distance, packed, padded, sequences, train
-from test_unlearning import reference_value
 
 import tokenwise as tw
 from tokenwise.errors import InputError
 
-FORGOTTEN = (0, 1, 4)
 LAYOUTS = {
     "one batch": (8, 1, "right"),
     "one kind in each micro-batch": (2, 4, "right"),
@@ -28,26 +26,8 @@ LAYOUTS = {
 }
 
 
-def forget_column(ids, index):
-    """Some rows are to be forgotten, the sixth in its first half."""
-    column = torch.full_like(ids, int(index in FORGOTTEN))
-    if index == 6:
-        column[:3] = 1
-    return column
-
-
-def laid_out(pairs, kind):
-    columns = [forget_column(ids, index) for index, (ids, _) in enumerate(pairs)]
-    if kind == "packed":
-        rows = packed(pairs, 2)
-        for index, row in enumerate(rows):
-            row["forget"] = torch.cat(columns[2 * index : 2 * index + 2])
-        return rows
-    rows = padded(pairs, kind)
-    for row, column in zip(rows, columns, strict=True):
-        room = 12 - len(column)
-        row["forget"] = F.pad(column, (0, room) if kind == "right" else (room, 0))
-    return rows
+def rows_of(pairs, kind):
+    return laid_out(pairs, kind, forget_columns(pairs))
 
 
 METHODS = {
@@ -63,45 +43,7 @@ METHODS = {
 
 
 def expected_step(model, pairs, method, reference):
-    """One SGD step on whole logits, one unpadded sequence at a time, the loss written out: (loss, model)."""
-    model = copy.deepcopy(model)
-    name = method.card.name
-    forget, kept, sums = [], [], []
-    for index, (ids, labels) in enumerate(pairs):
-        logits, theirs = model(ids[None]).logits[0, :-1], reference(ids[None]).logits[0, :-1].detach()
-        targets, column = labels[1:], forget_column(ids, index)[1:].bool()
-        has_label = targets != -100
-        for chosen, out in ((has_label & column, forget), (has_label & ~column, kept)):
-            nll = F.cross_entropy(logits[chosen], targets[chosen], reduction="none")
-            if name == "asft":
-                sums.append(reference_value("asft", logits[chosen], targets[chosen], theirs[chosen]))
-            elif out is kept:
-                kl = method.retain == "kl"
-                kept.append(reference_value("kl", logits[chosen], targets[chosen], theirs[chosen]) if kl else nll)
-            elif name in ("undial", "inverted_hinge"):
-                forget.append(reference_value(name, logits[chosen], targets[chosen], theirs[chosen]))
-            elif name == "ceu":
-                after_first = chosen.nonzero().squeeze(1)[1:]
-                forget.append(reference_value(name, logits[after_first], targets[after_first], None))
-            elif name == "npo" and chosen.any():
-                before = F.cross_entropy(theirs[chosen], targets[chosen], reduction="sum")
-                forget.append(-2 / 0.1 * F.logsigmoid(0.1 * (nll.sum() - before))[None])
-            elif name == "sim_npo" and chosen.any():
-                forget.append(-2 / 4.5 * F.logsigmoid(4.5 * nll.mean())[None])
-            elif name == "sat_imp":
-                p = nll.detach().neg().exp()
-                forget.append(-(p**0.5) * (1 - p) * nll)
-            elif name == "gradient_difference":
-                forget.append(-nll)
-    if name == "asft":
-        loss = torch.cat(sums).mean()
-    else:
-        loss = method.forget_coefficient * torch.cat(forget).mean() + method.retain_coefficient * torch.cat(kept).mean()
-    loss.backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.5 * parameter.grad
-    return loss.item(), model
+    return objective_step(model, pairs, method, reference, forget_columns(pairs))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -112,7 +54,7 @@ def test_every_layout_gives_the_update_written_out_in_fp64(name, tiny_llama, ref
     pairs = sequences()
     expected_loss, expected = expected_step(model, pairs, method, reference)
     for layout, (batch, accumulate, kind) in LAYOUTS.items():
-        found, losses, handle = train(model, laid_out(pairs, kind), method, tmp_path, batch, accumulate)
+        found, losses, handle = train(model, rows_of(pairs, kind), method, tmp_path, batch, accumulate)
         assert distance(found, expected) < TOLERANCE, layout
         assert losses[0] == pytest.approx(expected_loss, abs=1e-6), layout
         assert sum(value for key, value in handle.stats.items() if key.endswith("_labels")) > 0
@@ -153,12 +95,12 @@ def test_a_peft_model_is_its_own_reference_and_layouts_agree(name, tiny_llama, t
     for layout in ("one batch", "one kind in each micro-batch", "accumulate 2, left padding"):
         batch, accumulate, kind = LAYOUTS[layout]
         found[layout], _, handle = train(
-            model, laid_out(sequences(), kind), method, tmp_path, batch, accumulate, steps=3
+            model, rows_of(sequences(), kind), method, tmp_path, batch, accumulate, steps=3
         )
         trainable = [parameter.requires_grad for parameter in found[layout].parameters()]
         assert trainable == [parameter.requires_grad for parameter in model.parameters()]
         handle.undo()
-    by_name, _, _ = train(model, laid_out(sequences(), "right"), named, tmp_path, 8, 1, steps=3)
+    by_name, _, _ = train(model, rows_of(sequences(), "right"), named, tmp_path, 8, 1, steps=3)
     assert distance(found["one batch"], model) > 1e-3
     for other in (*found.values(), by_name):
         # Not fp64 throughout: PEFT keeps its adapters in fp32, and three steps add up.
@@ -167,7 +109,7 @@ def test_a_peft_model_is_its_own_reference_and_layouts_agree(name, tiny_llama, t
 
 def test_a_copy_is_the_reference_of_a_model_without_adapters(tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "before")
-    rows = laid_out(sequences(), "right")
+    rows = rows_of(sequences(), "right")
     own, losses, _ = train(tiny_llama, rows, METHODS["npo"](None), tmp_path, 8, 1, steps=3)
     named, named_losses, _ = train(tiny_llama, rows, METHODS["npo"](str(tmp_path / "before")), tmp_path, 8, 1, steps=3)
     assert distance(own, named) < 1e-6 < distance(own, tiny_llama)
@@ -177,7 +119,7 @@ def test_a_copy_is_the_reference_of_a_model_without_adapters(tiny_llama, tmp_pat
 
 @pytest.mark.parametrize("name", ["npo", "undial", "sat_imp"])
 def test_bf16_autocast_trains(name, tiny_llama, reference_directory, tmp_path):
-    rows, method = laid_out(sequences(), "right"), METHODS[name](reference_directory)
+    rows, method = rows_of(sequences(), "right"), METHODS[name](reference_directory)
     full, losses, _ = train(tiny_llama, rows, method, tmp_path, 4, 2)
     half, half_losses, _ = train(tiny_llama, rows, method, tmp_path, 4, 2, bf16=True)
     assert 0 < distance(full, half) < 0.1 * distance(full, tiny_llama)
@@ -203,16 +145,14 @@ def test_a_loop_of_ones_own_names_the_step(tiny_llama):
     method = METHODS["sim_npo"](None)
     pairs = sequences()
     expected_loss, expected = expected_step(model, pairs, method, model)
-    rows = laid_out(pairs, "right")
+    rows = rows_of(pairs, "right")
     batches = [{key: torch.stack([row[key] for row in rows[i : i + 2]]) for key in rows[0]} for i in (0, 2, 4, 6)]
     with tw.weigh(model, method) as handle:
         handle.begin_step(batches)
         losses = [model(**batch).loss for batch in batches]
         sum(losses).backward()
     assert sum(losses).item() == pytest.approx(expected_loss, abs=1e-6)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.5 * parameter.grad
+    step(model)
     assert distance(model, expected) < TOLERANCE
 
 
@@ -254,7 +194,7 @@ def test_what_cannot_work_is_refused(tiny_llama, tmp_path):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tiny_llama, tmp_path):
-    rows, method = laid_out(sequences(), "right"), tw.NPO(beta=0.5, retain="kl")
+    rows, method = rows_of(sequences(), "right"), tw.NPO(beta=0.5, retain="kl")
     whole, _, _ = train(tiny_llama, rows, method, tmp_path / "whole", 2, 2, steps=4)
     train(tiny_llama, rows, method, tmp_path / "cut", 2, 2, steps=2, save_strategy="steps", save_steps=2)
     checkpoint = tmp_path / "cut" / "checkpoint-2"

@@ -130,6 +130,15 @@ def test_random_keeps_exact_counts_evenly_and_resumes_where_it_stopped():
     )
 
 
+def test_random_shares_of_a_whole_step_are_drawn_alike_by_all_processes():
+    method = tw.weighting.Random(keep=0.3, scope="step")
+    tokens = batch(nll=[0.0] * 100)
+    one, other = (method.weights(tokens, method.start(Run(seed=5, rank=rank))) for rank in (0, 1))
+    # Each process takes its own part of the draw over all tokens: together exactly thirty.
+    assert one[:40].sum() + other[40:].sum() == 30
+    assert not torch.equal(one, method.weights(tokens, method.start(Run(seed=6))))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

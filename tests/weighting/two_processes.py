@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_trainer import METHODS, padded, sequences, train, with_sample_ids
+from layouts import padded, sequences, train, with_sample_ids
+from test_trainer import METHODS
 
 import tokenwise as tw
 

@@ -10,15 +10,18 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_class_training import METHODS, PARALLEL, Storm, make_model, make_rows, train
+from layouts import class_rows, classifier, train
+from test_class_training import METHODS, PARALLEL, Storm
 
 folder = Path(sys.argv[1])
 for kind, name in PARALLEL:
-    trained, losses, _ = train(make_model(kind), make_rows(kind), METHODS[name], folder / "out", batch=2, accumulate=2)
+    trained, losses, _ = train(classifier(kind), class_rows(kind), METHODS[name], folder / "out", batch=2, accumulate=2)
     if torch.distributed.get_rank() == 0:
         tensors = {key: value.contiguous() for key, value in trained.state_dict().items()}
         save_file({**tensors, "loss": torch.tensor(losses[0])}, folder / f"{kind} {name}.safetensors")
-_, _, handle = train(make_model("bert"), make_rows("bert", 16), Storm(), folder / "out", batch=2, accumulate=2, steps=2)
+_, _, handle = train(
+    classifier("bert"), class_rows("bert", 16), Storm(), folder / "out", batch=2, accumulate=2, steps=2
+)
 save_file(handle.state.tensors(), folder / f"storm {torch.distributed.get_rank()}.safetensors")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_trainer import sequences, train
-from test_unlearning_trainer import METHODS, laid_out
+from layouts import sequences, train
+from test_unlearning_trainer import METHODS, rows_of
 
 folder, reference, *names = Path(sys.argv[1]), sys.argv[2], *sys.argv[3:]
 model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
 for name in names:
     method = METHODS[name](reference)
-    trained, losses, _ = train(model, laid_out(sequences(), "right"), method, folder / "out", batch=2, accumulate=2)
+    trained, losses, _ = train(model, rows_of(sequences(), "right"), method, folder / "out", batch=2, accumulate=2)
     if torch.distributed.get_rank() == 0:
         tensors = {key: value.contiguous() for key, value in trained.state_dict().items()}
         save_file({**tensors, "loss": torch.tensor(losses[0])}, folder / f"{name}.safetensors")

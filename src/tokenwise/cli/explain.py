@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from tokenwise.cli.token_view import TokenView
     from tokenwise.weighting.base import TokenWeighter
+    from tokenwise.weighting.objective import Objective
 
 _INSTEAD = {
-    "objective": "Train with it: tw.weigh, or `tokenwise unlearn` where it forgets.",
-    "classes": "It weighs whole examples of a classifier: compare it in a plan of the task classification.",
+    "classes": "It weighs whole examples of a classifier: give rows with text and label by --data.",
     "masks": "It chooses parameters, not tokens: tw.weighting.mask_parameters trains with such a mask.",
 }
-"""What to do with methods that give no weights to tokens, by kind."""
+"""What to do with methods that give no weights, by kind."""
 
 _COLUMNS = {
     "loss_weights": 'Give --rules \'[{"pattern": "[0-9]+", "weight": 3}]\', or a row with loss_weights by --chat.',
@@ -42,13 +42,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand to the command line."""
     parser = commands.add_parser(
         "explain",
-        help="show which tokens of a text a method gives weight to",
-        description="Show the weight that a method gives to every token of a text, as training on it would.",
+        help="show which tokens of a text, or examples of a file, a method gives weight to",
+        description="Show the weight that a method gives to every token of a text, as training on it would; of a "
+        "classifier's method to every example of a file.",
         epilog="Examples: tokenwise explain ./model 'some text' --method excess_loss -p reference=./reference-model; "
         "tokenwise explain ./model --chat rows.jsonl --method loss_weights "
-        """--rules '[{"role": "assistant", "weight": 1}, {"pattern": "[0-9]+", "weight": 3}]'""",
+        """--rules '[{"role": "assistant", "weight": 1}, {"pattern": "[0-9]+", "weight": 3}]'; """
+        "tokenwise explain ./classifier --data labelled.jsonl --method logit_adjustment",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a causal language model, or its id on the hub")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder of a causal language model (of a classifier for --data), or its id on the hub",
+    )
     parser.add_argument("text", metavar="TEXT", nargs="?", help="the text itself, @FILE, or - for standard input")
     parser.add_argument(
         "--chat",
@@ -56,6 +62,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         help="instead of TEXT the first row of a .json or .jsonl file, with messages, prompt and completion, or "
         "question and answer",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="instead of TEXT, for methods of classifiers: .jsonl, .json, .parquet or a folder of datasets, of rows "
+        "with text and label",
     )
     parser.add_argument("--method", metavar="NAME", required=True, help="a name, or ./file.py:ClassName")
     add_fields(parser, "keep=0.5")
@@ -65,8 +78,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(options: argparse.Namespace) -> int:
-    if (options.text is None) == (options.chat is None):
-        raise InputError(Problem("TEXT", "either a text or --chat is needed, and not both."))
+    given = [value for value in (options.text, options.chat, options.data) if value is not None]
+    if len(given) != 1:
+        raise InputError(Problem("TEXT", "either a text, --chat or --data is needed, and not more than one of them."))
+    if options.data is not None:
+        return _run_examples(options)
     source = _read_text(options.text) if options.chat is None else _read_row(options.chat)
     rules = None if options.rules is None else _read_rules(options.rules)
     fields = read_fields(options.fields)
@@ -82,6 +98,33 @@ def _run(options: argparse.Namespace) -> int:
     print_view(console, view)
     if options.html is not None:
         write_html(options.html, view)
+        console.print(f"Page: {options.html}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _run_examples(options: argparse.Namespace) -> int:
+    from tokenwise import catalog
+    from tokenwise.weighting.classification import ClassObjective
+
+    if options.rules is not None:
+        raise InputError(Problem("--rules", "weigh tokens, and --data has examples.", "Leave them out."))
+    fields = read_fields(options.fields)
+    if not issubclass(catalog.load_class(options.method, "--method"), ClassObjective):
+        message = f"{options.method!r} is no method of classifiers, which --data is for."
+        raise InputError(Problem("--method", message, "Give it a text or --chat."))
+
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from tokenwise.cli.example_view import print_examples, write_examples
+    from tokenwise.cli.explain_examples import explain_examples
+
+    logging.disable_progress_bar()
+    view = explain_examples(options.model, options.data, options.method, fields)
+    console = Console()
+    print_examples(console, view)
+    if options.html is not None:
+        write_examples(options.html, view)
         console.print(f"Page: {options.html}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -143,13 +186,14 @@ def explain(
     fields: dict[str, Any],
     rules: Sequence[Mapping[str, Any]] | None = None,
 ) -> TokenView:
-    """The weight that a method gives to every token of a text or chat.
+    """The weight that a method gives to every token of a text or chat; for objectives see `TokenWeights.quantity`.
 
     Args:
         model_name: folder or hub id of a causal language model with a fast tokenizer.
         source: what to look at, at least two tokens long and within the model's context: a text, or a row with
             ``messages``, with ``prompt`` and ``completion``, or with ``question`` and ``answer``. Of a row only the
-            responses are learnt (for methods that weigh prompts against completions, all).
+            responses are learnt (for methods that weigh prompts against completions, all). Unlearning methods forget
+            it, unless a field ``forget`` of the row is false: then it is what they keep.
         method_name: as `catalog.load_class` takes it.
         fields: the method's fields.
         rules: as `segment_weights` takes them, for methods that read ``loss_weights``.
@@ -163,6 +207,7 @@ def explain(
 
     method = _build(method_name, fields)
     _check_columns(method, method_name, source, rules)
+    forget = _is_forgotten(source)
     directory = locate(model_name, field="MODEL")
     tokenizer = load_tokenizer(directory, "MODEL")
     where = "TEXT" if isinstance(source, str) else "--chat"
@@ -177,6 +222,8 @@ def explain(
     if limit is not None and len(sample.ids) > limit:
         message = f"has {len(sample.ids)} tokens, and the model reads at most {limit}."
         raise InputError(Problem(where, message, "Give a shorter text."))
+    if "forget" in method.reads:
+        sample.columns["forget"] = [forget] * len(sample.ids)
     found = token_weights(model, method, sample.ids, labels=sample.labels, columns=sample.columns)
     settings = f" ({', '.join(f'{name} {value}' for name, value in fields.items())})" if fields else ""
     return TokenView(
@@ -185,35 +232,46 @@ def explain(
         weights=found.weights,
         nll=found.nll,
         prompt_attention=found.prompt_attention,
+        quantity=found.quantity,
     )
 
 
-def _build(method_name: str, fields: dict[str, Any]) -> TokenWeighter:
+def _build(method_name: str, fields: dict[str, Any]) -> TokenWeighter | Objective:
     from tokenwise import catalog
     from tokenwise.weighting.base import TokenWeighter
+    from tokenwise.weighting.objective import Objective
 
     method_class = catalog.load_class(method_name, "--method")
-    if not issubclass(method_class, TokenWeighter):
+    if not issubclass(method_class, TokenWeighter | Objective):
         fix = _INSTEAD.get(getattr(method_class, "kind", ""), "See `tokenwise methods`.")
         raise InputError(Problem("--method", f"{method_name!r} gives no weights to tokens.", fix))
     method = catalog.build({method_name: fields}, "--method")
-    assert isinstance(method, TokenWeighter)
+    assert isinstance(method, TokenWeighter | Objective)
     return method
 
 
 def _check_columns(
-    method: TokenWeighter, name: str, source: str | Mapping[str, Any], rules: Sequence[Mapping[str, Any]] | None
+    method: TokenWeighter | Objective,
+    name: str,
+    source: str | Mapping[str, Any],
+    rules: Sequence[Mapping[str, Any]] | None,
 ) -> None:
     """Refuse what the method would miss, before anything is loaded."""
+    from tokenwise.weighting.objective import REFERENCE_COLUMN, Objective
+
     if rules is not None and "loss_weights" not in method.reads:
         raise InputError(Problem("--rules", f"make loss_weights, which {name!r} does not read.", "Leave them out."))
     given = {"completion_mask", "prompt_attention"} if isinstance(source, Mapping) else set()
     weighted_row = isinstance(source, Mapping) and (source.get("loss_weights") or source.get("weight")) is not None
     if rules is not None or weighted_row:
         given.add("loss_weights")
-    if method.has_reference():
+    reads = method.reads
+    if isinstance(method, Objective):
+        if getattr(method, "reference", None) == REFERENCE_COLUMN:
+            reads = reads | {REFERENCE_COLUMN}
+    elif method.has_reference():
         given.add("reference_nll")
-    missing = sorted(method.reads & (_COLUMNS.keys() - given))
+    missing = sorted(reads & (_COLUMNS.keys() - given))
     if missing:
         what = "a text" if isinstance(source, str) else "this row"
         raise InputError(
@@ -222,7 +280,19 @@ def _check_columns(
         )
 
 
-def _by_role(source: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, method: TokenWeighter) -> _Sample:
+def _is_forgotten(source: str | Mapping[str, Any]) -> bool:
+    """Whether an unlearning method is to forget it: so it is unless a row says otherwise."""
+    forget = True if isinstance(source, str) else source.get("forget", True)
+    if forget not in (True, False):  # 1 and 0 are these
+        raise InputError(
+            Problem("--chat", f"field 'forget' holds {forget!r}.", "Write true, or false for what is kept.")
+        )
+    return bool(forget)
+
+
+def _by_role(
+    source: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, method: TokenWeighter | Objective
+) -> _Sample:
     """The responses are learnt, or the whole of a text."""
     if isinstance(source, str):
         return _tokenised([(source, True)], tokenizer, add_special_tokens=True)

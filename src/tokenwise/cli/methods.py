@@ -131,7 +131,7 @@ def _print_fields(console: Console, entry: Entry) -> None:
 
 def comparable(entry: Entry) -> bool:
     """Whether a plan may list the method; unlearning and masks of parameters need data that no task has."""
-    return entry["traits"].get("kind") not in ("masks", "objective")
+    return entry["family"] == "weighting" and entry["traits"].get("kind") not in ("masks", "objective")
 
 
 def plan_line(entry: Entry) -> str:
@@ -151,7 +151,7 @@ def python_line(entry: Entry) -> str:
     if entry["traits"].get("kind") == "masks":
         batches = "".join(f", {name}={name}_batches" for name in entry["traits"]["reads"])
         return f"tw.weighting.mask_parameters(trainer, {made}.masks(model{batches}))"
-    return f"tw.weigh(trainer, {made})"
+    return f"tw.reduce(model, {made})" if entry["family"] == "reduction" else f"tw.weigh(trainer, {made})"
 
 
 def _values(entry: Entry, reference: str) -> dict[str, Any]:

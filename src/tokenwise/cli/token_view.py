@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-# Low weights fade into grey, which stands back on dark and on light terminals alike; high ones are orange.
-_LOW, _HIGH = (112, 112, 112), (255, 138, 40)
+# Low weights fade into grey, which stands back on dark and on light terminals alike; high ones are orange,
+# those below 0 blue.
+_LOW, _HIGH, _BELOW = (112, 112, 112), (255, 138, 40), (82, 160, 255)
+
+EXPLAINED = {
+    "weight": "",
+    "factor": "factor of the gradient of the token's loss; below 0 the loss is raised",
+    "gradient": "norm of the gradient at the token's logits; below 0 the token is made less likely",
+}
+"""What a drawing says of its numbers, by what they are; see `tokenwise.weighting.objective_weights.Quantity`."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,11 @@ class TokenView:
     Args:
         title: which method with which fields, on which model.
         tokens: the text of each token; joined they are the whole text.
-        weights: weight of each token's loss, at least 0; None for a token that is not learnt: the first, and prompts.
+        weights: weight of each token's loss; None for a token that is not learnt: the first, and prompts.
         nll: negative log-likelihood of each token in nats; None where the weight is None.
         prompt_attention: share of its attention that each token pays to the prompt; None where the method does not
             ask.
+        quantity: what the weights are; a key of `EXPLAINED`.
     """
 
     title: str
@@ -33,6 +42,7 @@ class TokenView:
     weights: Sequence[float | None]
     nll: Sequence[float | None]
     prompt_attention: Sequence[float | None] | None = None
+    quantity: str = "weight"
 
     @property
     def has_prompt(self) -> bool:
@@ -41,21 +51,32 @@ class TokenView:
 
     @property
     def largest(self) -> float:
-        return max((weight for weight in self.weights if weight is not None), default=0.0)
+        """The largest absolute weight."""
+        return max((abs(weight) for weight in self.weights if weight is not None), default=0.0)
+
+    @property
+    def steps(self) -> list[float]:
+        """Five weights for the legend, from the lowest that could be drawn to the highest."""
+        known = [weight for weight in self.weights if weight is not None]
+        low = -self.largest if any(weight < 0 for weight in known) else 0.0
+        high = self.largest if any(weight > 0 for weight in known) else 0.0
+        return [low + (high - low) * step / 4 for step in range(5)]
 
     def strength(self, weight: float) -> float:
-        """The weight as a share of the largest one, in [0, 1]."""
+        """The weight as a share of the largest one, in [-1, 1]."""
         return weight / self.largest if self.largest > 0 else 0.0
 
     def summary(self) -> str:
-        """Count, mean weight, share of tokens with a weight above 0, and mean loss, in one line."""
+        """Count, mean weight, share of tokens with a weight, and mean loss, in one line."""
         weights = [weight for weight in self.weights if weight is not None]
-        kept = sum(weight > 0 for weight in weights) / len(weights)
+        above, below = (sum(sign * weight > 0 for weight in weights) / len(weights) for sign in (1, -1))
         parts = [
             f"{len(weights)} {'learnt' if self.has_prompt else 'predicted'} tokens",
-            f"mean weight {_mean(self.weights)}",
-            f"{kept:.0%} with a weight above 0",
+            f"mean {self.quantity} {_mean(self.weights)}",
+            f"{above:.0%} with a {self.quantity} above 0",
         ]
+        if self.quantity != "weight":
+            parts.append(f"{below:.0%} below 0")
         if any(loss is not None for loss in self.nll):
             parts.append(f"mean loss {_mean(self.nll)} nats/token")
         if self.prompt_attention is not None:
@@ -77,11 +98,13 @@ def print_view(console: Console, view: TokenView) -> None:
 
 
 def _print_numbers(console: Console, view: TokenView) -> None:
-    names, columns = ["weight", "nats"], [view.weights, view.nll]
+    names, columns = [view.quantity, "nats"], [view.weights, view.nll]
     if view.prompt_attention is not None:
         names.append("prompt")
         columns.append(view.prompt_attention)
     lines = [view.title, "".join(f"{name:>8}" for name in names) + "  token"]
+    if EXPLAINED[view.quantity]:
+        lines.insert(1, f"{view.quantity}: {EXPLAINED[view.quantity]}")
     for token, *values in zip(view.tokens, *columns, strict=True):
         lines.append("".join(f"{_number(value):>8}" for value in values) + f"  {token!r}")
     lines.append(view.summary())
@@ -106,13 +129,16 @@ def _print_colours(console: Console, view: TokenView) -> None:
 def _legend(view: TokenView) -> Text:
     from rich.text import Text
 
-    legend = Text("weight ")
-    for step in range(5):
-        weight = view.largest * step / 4
+    legend = Text(f"{view.quantity} ")
+    for weight in view.steps:
         legend.append(f" {_number(weight)} ", _style(view, weight))
     if view.has_prompt:
-        return legend.append("  ").append("read, not learnt", _style(view, None))
-    return legend.append("  the first token is not predicted and has none")
+        legend.append("  ").append("read, not learnt", _style(view, None))
+    else:
+        legend.append("  the first token is not predicted and has none")
+    if EXPLAINED[view.quantity]:
+        legend.append(f"\n{EXPLAINED[view.quantity]}")
+    return legend
 
 
 def _style(view: TokenView, weight: float | None) -> str:
@@ -120,8 +146,14 @@ def _style(view: TokenView, weight: float | None) -> str:
         return "dim italic" if view.has_prompt else ""
     if weight == 0:
         return "dim"
-    share = view.strength(weight)
-    red, green, blue = (round(low + share * (high - low)) for low, high in zip(_LOW, _HIGH, strict=True))
+    return colour(view.strength(weight))
+
+
+def colour(strength: float) -> str:
+    """Rich's style for a share of the largest weight, in [-1, 1]."""
+    share = abs(strength)
+    full = _HIGH if strength > 0 else _BELOW
+    red, green, blue = (round(low + share * (high - low)) for low, high in zip(_LOW, full, strict=True))
     return f"{'black' if share > 0.4 else 'white'} on #{red:02x}{green:02x}{blue:02x}"
 
 
@@ -143,13 +175,18 @@ def write_html(path: Path, view: TokenView) -> None:
         {
             "text": token.replace("\n", "↵\n"),
             "weight": _number(weight),
-            "share": None if weight is None else round(100 * view.strength(weight)),
+            "share": None if weight is None else round(100 * abs(view.strength(weight))),
+            "below": weight is not None and weight < 0,
             "nll": _number(loss),
             "attention": _number(attention),
         }
         for token, weight, loss, attention in zip(view.tokens, view.weights, view.nll, attended, strict=True)
     ]
-    steps = [{"share": 25 * step, "weight": _number(view.largest * step / 4)} for step in range(5)]
-    page = environment.get_template("explain.html").render(view=view, rows=rows, steps=steps)
+    steps = [
+        {"share": round(100 * abs(view.strength(weight))), "below": weight < 0, "weight": _number(weight)}
+        for weight in view.steps
+    ]
+    meaning = EXPLAINED[view.quantity]
+    page = environment.get_template("explain.html").render(view=view, rows=rows, steps=steps, meaning=meaning)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

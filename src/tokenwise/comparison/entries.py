@@ -93,7 +93,7 @@ def _read_method(item: Any, where: str, folder: Path, problems: list[Problem], t
     entry = Listed(where, str(next(iter(spec), "") if isinstance(spec, Mapping) else spec), label, spec=spec)
     with collect(problems):
         try:
-            method = catalog.build(spec, where, folder)
+            method = catalog.build(spec, where, folder, task.family)
         except TypeError as error:  # an abstract class of the user's
             raise InputError(Problem(where, f"{entry.written} cannot be used: {error}.")) from error
         task.check_method(method, where)

@@ -84,6 +84,8 @@ class Task(Section, ABC):
 
     runs_in: ClassVar[str]
     """The module whose `run` does a job of this task."""
+    family: ClassVar[str] = "weighting"
+    """The family of its methods."""
     head: ClassVar[load.Head] = "causal"
     trains: ClassVar[frozenset[str]] = frozenset({"weights", "pointwise"})
     """The kinds of methods it compares; uniform fits every task."""

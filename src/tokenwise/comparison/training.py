@@ -167,7 +167,7 @@ def build_method(job: Job) -> Method:
     if "reference" in job.task:  # the plan's name of it stands in the method; here is where it lies
         fields = {**fields, "reference": job.task["reference"]}
     folder = Path(job.task["method_folder"]) if "method_folder" in job.task else None
-    return catalog.build({name: fields}, "method", folder)
+    return catalog.build({name: fields}, "method", folder, "weighting")
 
 
 class EndlessRows(Dataset[Row]):

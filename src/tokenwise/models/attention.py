@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from tokenwise.errors import InputError, Problem
-from tokenwise.models.patch import replace_attribute
+from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.signals.attention import attention_mass
-
-# What some models add to the softmax and the reading does not know: sinks, relative positions.
-_UNKNOWN_TERMS = ("s_aux", "position_bias")
 
 
 def last_attention(model: PreTrainedModel) -> Any:
@@ -88,30 +83,20 @@ def attention_to(
             here.
     """
     module = last_attention(model)
-    implementation = module.config._attn_implementation
-    plain = _attention_function(module, implementation)
     mass = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
     read = False
 
-    def reading(owner: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **options: Any) -> Any:
+    def reading(call: AttentionCall) -> None:
         nonlocal read
         if not read:
-            _fill(mass, owner, query.detach(), key.detach(), mask, options, queries, counted, sequences, attention_mask)
+            _fill(mass, call, queries, counted, sequences, attention_mask)
             read = True
-        return plain(owner, query, key, value, mask, *args, **options)
 
-    # The module alone is sent to our function: the name in its own copy of the configuration. Masks are made by the
-    # backbone, from the configuration that stays as it is.
-    name = f"{implementation}_read_{id(module)}"
-    config = copy.copy(module.config)
-    config._attn_implementation_internal = name
-    AttentionInterface.register(name, reading)
-    undo = replace_attribute(module, "config", config)
+    stop = listen(module, reading)
     try:
         yield mass
     finally:
-        undo()
-        del AttentionInterface._global_mapping[name]
+        stop()
     if not read:
         raise InputError(
             Problem(
@@ -122,41 +107,15 @@ def attention_to(
         )
 
 
-def _attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    """The function that serves `module` now; eager attention lives in each model's own file."""
-    for kind in type(module).__mro__:
-        names = vars(sys.modules[kind.__module__])
-        if "eager_attention_forward" in names:
-            functions = names.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface())
-            return functions.get_interface(implementation, names["eager_attention_forward"])
-    return AttentionInterface().get_interface(implementation, None)  # type: ignore[arg-type]
-
-
 def _fill(
     mass: Tensor,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    mask: Any,
-    options: dict[str, Any],
+    call: AttentionCall,
     queries: Tensor,
     counted: Tensor,
     sequences: Tensor,
     attention_mask: Tensor | None,
 ) -> None:
-    unknown = [name for name in _UNKNOWN_TERMS if options.get(name) is not None]
-    if unknown or not (mask is None or isinstance(mask, Tensor)):
-        what = ", ".join(unknown) or type(mask).__name__
-        raise InputError(
-            Problem(
-                "model",
-                f"the attention of {type(module).__name__} has {what}, which the reading of attention does not know.",
-                "Load the model with attn_implementation='sdpa', or use a method that reads no attention.",
-            )
-        )
-    scaling = options.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    prepared = mask if mask is not None and mask.dim() == 4 else None
+    query, key, prepared = call.query.detach(), call.key.detach(), call.mask
     valid = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     for index in range(queries.shape[0]):
         rows = queries[index].nonzero().squeeze(1)
@@ -168,9 +127,9 @@ def _fill(
                     return seen
             else:
                 padding = None if valid is None else valid[index]
-                seen = visible_positions(rows[part], sequences[index], padding, options.get("sliding_window"))
+                seen = visible_positions(rows[part], sequences[index], padding, call.window)
             return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
 
         mass[index, rows] = attention_mass(
-            query[index][:, rows], key[index], counted[index], bias, scaling, options.get("softcap")
+            query[index][:, rows], key[index], counted[index], bias, call.scaling, call.softcap
         ).to(mass.dtype)

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 _AMOUNT = re.compile(r"\s*(\d[\d_]*)\s*(tokens?)\s*")
+_FLOPS = re.compile(r"\s*(\d*\.?\d+)\s*flops\s*")
 
 
 def parse_keep(value: object) -> float | str:

@@ -19,6 +19,7 @@ from tokenwise.weighting.classification import ClassObjective
 from tokenwise.weighting.columns import TrainingColumns
 from tokenwise.weighting.forward import COLUMNS, WeightedForward, shifted
 from tokenwise.weighting.objective import Objective, ObjectiveForward, ObjectiveWeighing, load_frozen
+from tokenwise.weighting.objective_weights import Quantity, objective_weights
 from tokenwise.weighting.sft_trainer import is_sft_trainer
 from tokenwise.weighting.trainer import check_trainer, connect
 from tokenwise.weighting.weighing import Weighing, check_not_weighed, replace_forward
@@ -207,21 +208,26 @@ class TokenWeights:
     """What a method makes of one text.
 
     Args:
-        weights: weight of each token; None for the first, which has no prediction, and those without a label.
+        weights: weight of each token; None for the first, which has no prediction, and those without a label. Before
+            the division by tokens or sequences.
         nll: loss of each token in nats; None for these too, and where the method never computed it.
         prompt_attention: share of its attention that each token pays to unlabelled tokens before it; None for methods
             that do not read it.
+        quantity: what `weights` are: of a `TokenWeighter` ``weight``; of an `Objective` ``factor``, by which it
+            multiplies the gradient of the token's loss (below 0 the loss is raised), or where it does more than that
+            ``gradient``, the norm of its gradient at the logits (below 0 the token's own logit falls).
     """
 
     weights: list[float | None]
     nll: list[float | None]
     prompt_attention: list[float | None] | None = None
+    quantity: Quantity = "weight"
 
 
 @torch.no_grad()
 def token_weights(
     model: PreTrainedModel,
-    method: TokenWeighter,
+    method: TokenWeighter | Objective,
     input_ids: Tensor | list[int],
     seed: int = 0,
     labels: Tensor | list[int] | None = None,
@@ -236,7 +242,7 @@ def token_weights(
         seed: seed of the method's own draws.
         labels: shaped as `input_ids`, -100 where nothing is to be learnt; every token but the first unless given.
         columns: what the method reads of the data (``loss_weights`` and the like), shaped as `input_ids`, index t
-            speaking of token t.
+            speaking of token t. Objectives that read ``forget`` need it: 1 where a token is to be forgotten, else 0.
 
     Raises:
         InputError: when the text is too short, a column is missing, or the model cannot be weighed.
@@ -248,14 +254,19 @@ def token_weights(
     was_training = model.training
     model.eval()
     try:
-        state = method.start(Run(seed, device=model.device, model=model))
-        forward = WeightedForward(model, method, state, method.open_reference(model, state))
         own = ids if labels is None else torch.as_tensor(labels, device=ids.device).view_as(ids)
         targets, inputs = shifted(own, IGNORED), {"input_ids": ids}
         given = {
             name: shifted(torch.as_tensor(values, device=ids.device).reshape(ids.shape), 0)
             for name, values in (columns or {}).items()
         }
+        if isinstance(method, Objective):
+            terms = ObjectiveForward(model, method, load_frozen(model, model, method))
+            seen = objective_weights(terms, targets, given, inputs)
+            weights, nll = _by_token(ids.shape[1], seen.rows, seen.weights, seen.nll)
+            return TokenWeights(weights, nll, quantity=seen.quantity)
+        state = method.start(Run(seed, device=model.device, model=model))
+        forward = WeightedForward(model, method, state, method.open_reference(model, state))
         if "prompt_attention" in method.reads:
             outputs, attention = forward.run_with_prompt_attention(targets, own.eq(IGNORED), (), inputs)
             hidden, given["prompt_attention"] = outputs.last_hidden_state, attention
@@ -264,13 +275,19 @@ def token_weights(
         found = forward.weigh(hidden, targets, given, (), inputs)
     finally:
         model.train(was_training)
-    weights: list[float | None] = [None] * ids.shape[1]
-    nll: list[float | None] = [None] * ids.shape[1]
-    for row, weight, loss in zip(found.rows.tolist(), found.weights.tolist(), found.nll.tolist(), strict=True):
-        weights[row + 1], nll[row + 1] = weight, None if math.isnan(loss) else loss
+    weights, nll = _by_token(ids.shape[1], found.rows, found.weights, found.nll)
     if "prompt_attention" not in method.reads:
         return TokenWeights(weights, nll)
-    attended: list[float | None] = [None] * ids.shape[1]
-    for row, share in zip(found.rows.tolist(), given["prompt_attention"].reshape(-1)[found.rows].tolist(), strict=True):
-        attended[row + 1] = share
+    (attended,) = _by_token(ids.shape[1], found.rows, given["prompt_attention"].reshape(-1)[found.rows])
     return TokenWeights(weights, nll, attended)
+
+
+def _by_token(tokens: int, rows: Tensor, *values: Tensor) -> list[list[float | None]]:
+    """What was found at the positions that predict, for each token; None for the others and for NaN."""
+    spread = []
+    for found in values:
+        by_token: list[float | None] = [None] * tokens
+        for row, value in zip(rows.tolist(), found.tolist(), strict=True):
+            by_token[row + 1] = None if math.isnan(value) else value
+        spread.append(by_token)
+    return spread

@@ -63,16 +63,7 @@ class ClassForward:
                 divided by: the denominator of this batch alone unless given.
         """
         labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-        inputs["return_dict"] = True
-        if "features" in self.method.reads:
-            head = classifier_head(self.model)
-            with recorded(head) as call:
-                output = original(*args, **inputs)
-            features = call.features(output.logits)
-            batch = self._batch(output.logits, labels, features, head)
-        else:
-            output = original(*args, **inputs)
-            batch = self._batch(output.logits, labels)
+        output, batch = self.read(original, labels, *args, **inputs)
         losses = self.method.losses(batch, self.state)
         if losses.shape != batch.labels.shape[:1]:
             raise InputError(
@@ -89,6 +80,17 @@ class ClassForward:
         divisor = self.denominator(labels) if items is None else torch.as_tensor(items)
         divisor = divisor.to(total)
         return type(output)(**{**output, "loss": total / divisor.where(divisor != 0, 1.0)})
+
+    def read(self, original: Callable[..., Any], labels: Tensor, *args: Any, **inputs: Any) -> tuple[Any, ClassBatch]:
+        """The model's output, and what the method gets to see of it."""
+        inputs["return_dict"] = True
+        if "features" not in self.method.reads:
+            output = original(*args, **inputs)
+            return output, self._batch(output.logits, labels)
+        head = classifier_head(self.model)
+        with recorded(head) as call:
+            output = original(*args, **inputs)
+        return output, self._batch(output.logits, labels, call.features(output.logits), head)
 
     def denominator(self, labels: Tensor) -> Tensor:
         """What the sum of the losses of these labels is divided by, a scalar in fp64."""
@@ -191,7 +193,7 @@ def _weigh_model(model: Any, method: ClassObjective, trainer: Trainer | None, se
     multi_label = check_classifier(model, method)
     counts = None
     if "counts" in method.reads:
-        counts = _counts(method, trainer, model.config.num_labels, multi_label).to(model.device)
+        counts = counts_of(method, trainer, model.config.num_labels, multi_label).to(model.device)
     state = method.start(Run(seed=seed, rank=rank, device=model.device))
     forward = ClassForward(model, method, state, counts, multi_label)
     handle = ClassWeighing(forward)
@@ -241,7 +243,12 @@ def check_classifier(model: Any, method: ClassObjective) -> bool:
     return multi_label
 
 
-def _counts(method: ClassObjective, trainer: Trainer | None, classes: int, multi_label: bool) -> Tensor:
+def counts_of(method: ClassObjective, trainer: Trainer | None, classes: int, multi_label: bool) -> Tensor:
+    """Examples of each class, as the method's field says or as counted in the trainer's data: [classes], fp64.
+
+    Raises:
+        InputError: when neither can be had, or the method cannot work with the counts.
+    """
     counts = as_counts(getattr(method, "counts", None))
     if counts is None:
         if trainer is None:

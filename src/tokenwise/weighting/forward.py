@@ -18,7 +18,7 @@ from tokenwise.models.reference import Reference
 from tokenwise.signals.head import IGNORED, STATISTICS, TokenStatistics, token_statistics
 from tokenwise.weighting.base import Normalize, PointwiseWeighter, State, TokenBatch, TokenWeighter
 from tokenwise.weighting.fused_output import fused_output, load_balancing_loss
-from tokenwise.weighting.loss import Pointwise, weighted_sum
+from tokenwise.weighting.loss import Metrics, Pointwise, weighted_sum
 
 COLUMNS = ("loss_weights", "reference_nll", "sample_id", "base_nll", "completion_mask", "forget", "difference")
 """What a batch may carry beside the model's own inputs: [batch, tokens], index t speaks of label t."""
@@ -42,6 +42,7 @@ class Weighed:
         values: what each label adds to `total`, [labels].
         entropy: entropy of each label's distribution in nats, [labels]; None unless metrics were wanted.
         is_top1: whether each label is the most likely token, [labels], bool; None unless metrics were wanted.
+        counted: labels that the statistics are of, [labels], bool; None where they are of every label.
     """
 
     total: Tensor
@@ -54,6 +55,7 @@ class Weighed:
     values: Tensor
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
+    counted: Tensor | None = None
 
 
 def owns_denominator(method: TokenWeighter, normalize: Normalize) -> bool:
@@ -193,13 +195,16 @@ class WeightedForward:
     ) -> Weighed:
         """The weighted sum and the denominator of one micro-batch; targets and columns are shifted already.
 
-        With `metrics` also the statistics of every label, those of weight zero included.
+        With `metrics` also the entropy of each label's distribution and whether the label is the most likely token:
+        of every label where the weights are made from what the model predicts, of those whose weight is not zero
+        where the data alone decides, since the others cost nothing then.
         """
         # Weights decided beforehand have had the reference run for them already.
         batch, rows = self._batch(targets, columns, args, inputs, filled=token_weights is None)
         method = self.method
         weights: Tensor | Pointwise
         scored = None
+        wanted: Metrics = "all" if metrics else "none"
         if token_weights is not None:
             weights = token_weights.to(hidden.device)
         elif isinstance(method, PointwiseWeighter):
@@ -207,6 +212,8 @@ class WeightedForward:
         else:
             scored = self._score(hidden, batch, rows, metrics)
             weights = self.decide(batch)
+            if metrics:
+                wanted = "trained" if scored is None else "none"
         per_sequence = None
         if method.reduction == "sequence_mean":
             per_sequence = 1 / torch.bincount(batch.sequence, minlength=batch.sequences).float()
@@ -221,7 +228,7 @@ class WeightedForward:
             batch,
             weights,
             reads=method.reads,
-            metrics=metrics and scored is None,
+            metrics=wanted,
             low_memory=self.low_memory,
         )
         count = rows.shape[0]
@@ -248,6 +255,7 @@ class WeightedForward:
             summed.values,
             seen.entropy,
             seen.is_top1,
+            counted=summed.weights != 0 if wanted == "trained" else None,
         )
 
     def decide(self, batch: TokenBatch) -> Tensor:

@@ -45,12 +45,13 @@ def fused_output(
     one = torch.zeros_like(losses)
     one.view(-1)[:1] = 1
     total = weighed.total * scale
-    mask = targets.ne(-100)
+    # A label that the data gives no weight counts in TRL's metrics no more than one that is masked.
+    mask = targets.ne(-100) if weighed.counted is None else placed(weighed.counted)
     return FusedCausalLMOutput(
         log_probs=one * (total.detach() - total) - losses,
         entropy=placed(weighed.entropy),
         is_top1=placed(weighed.is_top1),
-        label_mask=mask if last_column else mask[:, :-1],
+        label_mask=mask if last_column or weighed.counted is not None else mask[:, :-1],
         aux_loss=aux_loss,
     )
 

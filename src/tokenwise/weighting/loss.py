@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from tokenwise.weighting.base import PointwiseWeighter, TokenBatch
 from tokenwise.weighting.head_gradients import HeadGradients, MadeInForward
 
 Pointwise = Callable[[TokenBatch], tuple[Tensor, Tensor]]
+
+Metrics = Literal["none", "trained", "all"]
 
 _SMALLEST_PROBABILITY = 1e-30
 """Below it a probability may have lost digits to the range of fp32, and its logarithm is taken from the logits."""
@@ -126,7 +128,7 @@ def weighted_sum(
     weights: Tensor | Pointwise | None,
     *,
     reads: Collection[str] = (),
-    metrics: bool = False,
+    metrics: Metrics = "none",
     low_memory: bool = False,
 ) -> WeightedSum:
     """Sum of weighted token losses through the head, with its gradients made on the way.
@@ -138,8 +140,9 @@ def weighted_sum(
         batch: these tokens; its tensors are sliced along with the tiles for a pointwise function.
         weights: [tokens], or a function from a TokenBatch with `nll` to (loss, d loss / d nll), or None for 1.
         reads: which `STATISTICS` the pointwise function reads; other names are ignored.
-        metrics: whether to give the statistics of every token: tokens of weight zero, which are otherwise left out,
-            then cost one matrix product instead of three.
+        metrics: of which tokens to give the entropy and whether the label is the most likely token. Tokens of weight
+            zero are left out of the products; ``all`` costs them one product of the three, ``trained`` gives them an
+            entropy of 0 and False.
         low_memory: use tiles of a third of the size, and no second copy of the weight's gradient.
     """
     kept = None
@@ -161,7 +164,7 @@ def weighted_sum(
         used,
         used_weights,
         reads if callable(used_weights) else (),
-        metrics,
+        metrics != "none",
         low_memory,
         torch.is_grad_enabled(),
     )
@@ -171,7 +174,10 @@ def weighted_sum(
         nll = torch.full_like(weights, torch.nan, dtype=nll.dtype).index_copy_(0, kept, nll)
         values = torch.zeros_like(weights, dtype=values.dtype).index_copy_(0, kept, values)
         slopes = weights
-        if metrics:
+        if metrics == "trained":
+            entropies, tops = statistics
+            statistics = [torch.zeros_like(nll).index_copy_(0, kept, entropies), (~zero).index_copy_(0, kept, tops)]
+        elif metrics == "all":
             rest = zero.nonzero().squeeze(1)
             found = token_statistics(
                 hidden.detach(),
@@ -189,7 +195,7 @@ def weighted_sum(
                 torch.empty_like(nll).index_copy_(0, kept, entropies).index_copy_(0, rest, found.entropy),
                 torch.empty_like(zero).index_copy_(0, kept, tops).index_copy_(0, rest, found.is_top1),
             ]
-    return WeightedSum(total, slopes, nll, values, *(statistics if metrics else ()))
+    return WeightedSum(total, slopes, nll, values, *(statistics if metrics != "none" else ()))
 
 
 class _WeightedSum(MadeInForward):

@@ -147,9 +147,9 @@ class ObjectiveForward:
         found = []
         total: Tensor | None = None
         for term in self.terms:
-            rows, sequence = self._rows(term, targets, columns, inputs.get("position_ids"))
-            units = _units(term, rows, sequence)
-            loss = self._sum(term, hidden, targets, columns, rows, sequence, frozen)
+            rows, batch = self.tokens(term, targets, columns, inputs.get("position_ids"))
+            units = _units(term, rows, batch.sequence)
+            loss = self._sum(term, hidden, columns, rows, batch, frozen)
             found.append((term.name, loss.detach(), units, rows.shape[0]))
             divisor = units if self.counts is None else self.counts[term.name]
             share = loss * (term.coefficient / max(divisor, 1))
@@ -158,6 +158,18 @@ class ObjectiveForward:
         if self.observe is not None:
             self.observe(found)
         return CausalLMOutputWithPast(loss=cast(Any, total))
+
+    def tokens(
+        self, term: Term, targets: Tensor, columns: Mapping[str, Tensor], position_ids: Tensor | None = None
+    ) -> tuple[Tensor, TokenBatch]:
+        """The labels that a term is about: their positions in the flattened batch [labels], and these tokens.
+
+        Args:
+            targets: labels moved to the positions that predict them, [batch, tokens].
+            columns: moved likewise.
+        """
+        rows, sequence = self._rows(term, targets, columns, position_ids)
+        return rows, TokenBatch(targets.reshape(-1)[rows], sequence, _sequences(sequence), self.step)
 
     def _rows(
         self, term: Term, targets: Tensor, columns: Mapping[str, Tensor], position_ids: Tensor | None
@@ -190,33 +202,35 @@ class ObjectiveForward:
         self,
         term: Term,
         hidden: Tensor,
-        targets: Tensor,
         columns: Mapping[str, Tensor],
         rows: Tensor,
-        sequence: Tensor,
+        batch: TokenBatch,
         frozen: States | None,
     ) -> Tensor:
         """The sum of a term's losses over one micro-batch, with gradient."""
         head = output_head(self.model)
-        labels = targets.reshape(-1)[rows]
-        batch = TokenBatch(labels, sequence, _sequences(sequence), self.step)
         if isinstance(term.loss, LogitObjective):
             reference = frozen if term.reference else None
             return logit_sum(hidden, head, rows, batch, term.loss, reference, low_memory=self.low_memory)
         if term.reference:
-            batch.reference_nll = self._reference_nll(columns, rows, labels, frozen)
+            batch.reference_nll = self.reference_nll(columns, rows, batch.labels, frozen)
         if not term.whole:
             return weighted_sum(hidden, head, rows, batch, term.loss, low_memory=self.low_memory).total
         assert term.loss is not None
-        batch.nll = token_statistics(hidden.detach(), head, labels, rows=rows, low_memory=self.low_memory).nll
+        batch.nll = token_statistics(hidden.detach(), head, batch.labels, rows=rows, low_memory=self.low_memory).nll
         values, slopes = term.loss(batch)
         linear = weighted_sum(hidden, head, rows, batch, slopes, low_memory=self.low_memory).total
         # The gradient of the linear sum, the value of the loss.
         return values.sum().to(linear) + (linear - linear.detach())
 
-    def _reference_nll(
+    def reference_nll(
         self, columns: Mapping[str, Tensor], rows: Tensor, labels: Tensor, frozen: States | None
     ) -> Tensor:
+        """Losses of labels under the reference, from its states or the data's column, in nats: [labels].
+
+        Raises:
+            InputError: when there is neither.
+        """
         if frozen is not None:
             return token_statistics(frozen[0], frozen[1], labels, rows=rows, low_memory=self.low_memory).nll
         if REFERENCE_COLUMN not in columns:

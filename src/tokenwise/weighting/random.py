@@ -14,10 +14,15 @@ from tokenwise.weighting.base import Reduction, Run, Scope, TokenBatch, TokenWei
 
 
 class RandomState:
-    """The generator of a run, so that a resumed run draws what the uninterrupted one would have drawn."""
+    """The generator of a run, so that a resumed run draws what the uninterrupted one would have drawn.
 
-    def __init__(self, run: Run):
-        self.generator = torch.Generator().manual_seed(run.seed * 1_000_003 + run.rank)
+    Args:
+        run: the run.
+        alike: whether all processes draw the same.
+    """
+
+    def __init__(self, run: Run, alike: bool = False):
+        self.generator = torch.Generator().manual_seed(run.seed * 1_000_003 + (0 if alike else run.rank))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"generator": self.generator.get_state()}
@@ -39,7 +44,8 @@ class Random(TokenWeighter):
     """Within which tokens the share is drawn."""
 
     def start(self, run: Run) -> RandomState:
-        return RandomState(run)
+        # Each process decides over the tokens of all: the share is exact if they agree.
+        return RandomState(run, alike=self.scope == "step")
 
     def weights(self, batch: TokenBatch, state: RandomState) -> Tensor:  # type: ignore[override]
         scores = torch.rand(batch.labels.shape[0], generator=state.generator).to(batch.labels.device)

@@ -108,8 +108,7 @@ class Storm(ClassObjective):
             head["bias"] = batch.bias.detach().float()
         with torch.autocast(features.device.type, enabled=False):
             statistics = self._statistics(features, batch.labels, head, state)
-            if state.previous is not None:
-                self._improve(features, batch.labels, statistics, head, state)
+            self._improve(features, batch.labels, statistics, head, state)
             if batch.labels.numel():
                 state.previous = features, batch.labels
             with torch.no_grad():
@@ -128,22 +127,27 @@ class Storm(ClassObjective):
     def _improve(
         self, features: Tensor, labels: Tensor, statistics: Tensor, head: dict[str, Tensor], state: StormState
     ) -> None:
-        """One step of the weighting network along the meta-gradient, averaged over the processes."""
-        assert state.previous is not None
-        earlier, earlier_labels = state.previous
-        state.optimizer.zero_grad()
-        with torch.enable_grad():
-            ahead = self.look_one_step_ahead(features, labels, state.weights(statistics), head)
-            seen = {name: tensor.detach() for name, tensor in ahead.items()}
-            judged = state.weights(self._statistics(earlier, earlier_labels, seen, state))
-            # The gradient reaches the network through that step, and through the weights of the loss itself.
-            (judged * _nll(ahead, earlier, earlier_labels)).mean().backward()
-        for parameter in state.rescaler.parameters():
-            assert parameter.grad is not None
-            if torch.distributed.is_initialized():
+        """One step of the weighting network along the meta-gradient, averaged over the processes that have one."""
+        state.optimizer.zero_grad(set_to_none=False)
+        parameters = list(state.rescaler.parameters())
+        found = torch.tensor(float(state.previous is not None), device=features.device)
+        if state.previous is not None:
+            earlier, earlier_labels = state.previous
+            with torch.enable_grad():
+                ahead = self.look_one_step_ahead(features, labels, state.weights(statistics), head)
+                seen = {name: tensor.detach() for name, tensor in ahead.items()}
+                judged = state.weights(self._statistics(earlier, earlier_labels, seen, state))
+                # The gradient reaches the network through that step, and through the weights of the loss itself.
+                (judged * _nll(ahead, earlier, earlier_labels)).mean().backward()
+        if torch.distributed.is_initialized():
+            # Every process takes part, also one whose batches had no label yet: the others would wait for it.
+            torch.distributed.all_reduce(found)
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= torch.distributed.get_world_size()
-        state.optimizer.step()
+                parameter.grad /= found.clamp_min(1)
+        if found:
+            state.optimizer.step()
 
     def look_one_step_ahead(
         self, features: Tensor, labels: Tensor, weights: Tensor, head: dict[str, Tensor]

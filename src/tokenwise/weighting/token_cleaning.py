@@ -54,15 +54,30 @@ class TokenCleaning(TokenWeighter):
         return top_share(batch.base_nll - batch.reference_nll, self.keep, batch.groups(self.scope)).float()
 
 
+def selection_problems(dataset: Dataset, columns: list[str], keep: float | str, scope: str) -> list[Problem]:
+    """What keeps the tokens of a data set from being chosen: missing columns, or fields that say nothing."""
+    problems = [
+        Problem(f"dataset.{name}", "is missing.", f"There are {', '.join(dataset.column_names)}.")
+        for name in columns
+        if name not in dataset.column_names
+    ]
+    try:
+        parse_keep(keep)
+    except ValueError as error:
+        problems.append(Problem("keep", f"{keep!r} {error}."))
+    if scope not in ("dataset", "sequence"):
+        problems.append(Problem("scope", f"{scope!r} is unknown.", "Write 'dataset' or 'sequence'."))
+    return problems
+
+
 def clean_tokens(
     dataset: Dataset, keep: float | str = 0.6, scope: Literal["dataset", "sequence"] = "dataset"
 ) -> Dataset:
     """Leave labels only on the tokens that `TokenCleaning` would train on, ranked over the whole data set.
 
     The result trains with any trainer and any method, as long as the collator keeps labels that are given
-    (``DataCollatorForLanguageModeling`` makes its own). For self-evolving cleaning divide the data into five parts;
-    fine-tune the base model on the first; then, part by part, score it with the base model and with the model of the
-    part before, clean it, and go on training that model on it.
+    (``DataCollatorForLanguageModeling`` makes its own). `self_evolving_cleaning` does it part by part, each with the
+    model trained on those before.
 
     Args:
         dataset: with columns ``labels`` (-100 where there is none), ``base_nll`` and ``reference_nll`` (nats), each
@@ -77,19 +92,10 @@ def clean_tokens(
         InputError: when a column is missing, its length is not that of the labels, or `keep` is no amount.
     """
     columns = ["labels", "base_nll", "reference_nll"]
-    problems = [
-        Problem(f"dataset.{name}", "is missing.", f"There are {', '.join(dataset.column_names)}.")
-        for name in columns
-        if name not in dataset.column_names
-    ]
-    try:
-        keep = parse_keep(keep)
-    except ValueError as error:
-        problems.append(Problem("keep", f"{keep!r} {error}."))
-    if scope not in ("dataset", "sequence"):
-        problems.append(Problem("scope", f"{scope!r} is unknown.", "Write 'dataset' or 'sequence'."))
+    problems = selection_problems(dataset, columns, keep, scope)
     if problems:
         raise InputError(problems)
+    keep = parse_keep(keep)
     scores, eligible = [], []
     for index, row in enumerate(dataset.select_columns(columns).with_format("torch")):
         labels, base, reference = (row[name] for name in columns)

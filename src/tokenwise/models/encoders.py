@@ -1,0 +1,139 @@
+"""How encoders of transformers and timm are laid out: their blocks, and where tokens can be taken out of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokenwise.errors import InputError, Problem
+
+
+@dataclass(frozen=True)
+class EncoderBlock:
+    """One block of an encoder.
+
+    Args:
+        module: the block.
+        attention: the module whose attention the tap listens to.
+        norm: the norm between attention and feed-forward layer, whose input is the sum to which the feed-forward
+            layer is added; None where `output` is given.
+        branch: the modules of the feed-forward branch in the order they run; what the last gives is added.
+        output: for blocks that normalise after the sum: the module whose first output goes to the feed-forward layer
+            and to the sum alike.
+    """
+
+    module: nn.Module
+    attention: nn.Module
+    norm: nn.Module | None = None
+    branch: tuple[nn.Module, ...] = ()
+    output: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder whose tokens can be reduced.
+
+    Args:
+        module: the module that runs the blocks; everything it is given and gives passes through it.
+        blocks: its blocks in order.
+        prefix: how many tokens at the beginning stand for no part of the input (class token, registers).
+        has_class_token: whether the first token gathers the whole input.
+        width: channels of a token.
+        hidden_width: channels inside the feed-forward layer.
+        is_text: whether the tokens are a text's, with padding.
+        gated: whether the feed-forward layer has a gate, and so three matrices.
+    """
+
+    module: nn.Module
+    blocks: tuple[EncoderBlock, ...]
+    prefix: int
+    has_class_token: bool
+    width: int
+    hidden_width: int
+    is_text: bool = False
+    gated: bool = False
+
+
+def find_encoder(model: nn.Module) -> Encoder:
+    """The encoder of a model: its vision tower where it has one, else the model itself.
+
+    Raises:
+        InputError: when there is none of a known layout.
+    """
+    for owner in _candidates(model):
+        found = _transformers_encoder(owner) or _timm_encoder(owner)
+        if found is not None:
+            return found
+    raise InputError(
+        Problem(
+            "model",
+            f"{type(model).__name__} has no encoder of a known layout.",
+            "Known are ViT, DeiT, CLIP, SigLIP, DINOv2 (with registers) and BERT-like encoders of transformers, and "
+            "timm's VisionTransformer.",
+        )
+    )
+
+
+def _candidates(model: nn.Module) -> list[nn.Module]:
+    tower = getattr(getattr(model, "model", model), "vision_tower", None)
+    first = [tower] if isinstance(tower, nn.Module) else []
+    return [*first, *model.modules()]
+
+
+def _transformers_encoder(owner: Any) -> Encoder | None:
+    layers = next(
+        (
+            getattr(owner, name)
+            for name in ("layers", "layer")
+            if isinstance(getattr(owner, name, None), nn.ModuleList) and len(getattr(owner, name))
+        ),
+        None,
+    )
+    if layers is None:
+        return None
+    blocks = [_transformers_block(layer) for layer in layers]
+    if any(block is None for block in blocks):
+        return None
+    known = tuple(block for block in blocks if block is not None)
+    config: Any = known[0].attention.config
+    if getattr(config, "is_decoder", False) or getattr(known[0].attention, "is_causal", False):
+        return None
+    kind = config.model_type
+    text = known[0].output is not None
+    has_class = text or not kind.startswith(("siglip", "ijepa"))
+    prefix = (1 if has_class else 0) + getattr(config, "num_register_tokens", 0) + (kind == "deit")
+    hidden = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
+    gated = bool(getattr(config, "use_swiglu_ffn", False))
+    if gated:
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    return Encoder(owner, known, prefix, has_class, config.hidden_size, hidden, text, gated)
+
+
+def _transformers_block(layer: Any) -> EncoderBlock | None:
+    def has(*names: str) -> bool:
+        return all(isinstance(getattr(layer, name, None), nn.Module) for name in names)
+
+    if has("attention", "layernorm_before", "layernorm_after", "mlp", "dropout"):  # ViT, DeiT
+        return EncoderBlock(layer, layer.attention, layer.layernorm_after, (layer.mlp, layer.dropout))
+    if has("attention", "norm1", "norm2", "mlp", "layer_scale2", "drop_path"):  # DINOv2
+        return EncoderBlock(layer, layer.attention, layer.norm2, (layer.mlp, layer.layer_scale2, layer.drop_path))
+    if has("self_attn", "layer_norm1", "layer_norm2", "mlp"):  # CLIP, SigLIP
+        return EncoderBlock(layer, layer.self_attn, layer.layer_norm2, (layer.mlp,))
+    if has("attention", "intermediate", "output") and isinstance(getattr(layer.attention, "self", None), nn.Module):
+        return EncoderBlock(layer, layer.attention.self, output=layer.attention)  # BERT and its kin
+    return None
+
+
+def _timm_encoder(owner: Any) -> Encoder | None:
+    if not (isinstance(getattr(owner, "blocks", None), nn.Sequential) and hasattr(owner, "num_prefix_tokens")):
+        return None
+    blocks = []
+    for block in owner.blocks:
+        if not all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "ls2", "drop_path2")):
+            return None
+        blocks.append(EncoderBlock(block, block.attn, block.norm2, (block.mlp, block.ls2, block.drop_path2)))
+    hidden = next(module.out_features for module in owner.blocks[0].mlp.modules() if isinstance(module, nn.Linear))
+    has_class = getattr(owner, "cls_token", None) is not None
+    return Encoder(owner, tuple(blocks), owner.num_prefix_tokens, has_class, owner.embed_dim, hidden)

@@ -1,0 +1,325 @@
+"""The attention tap: what a layer's attention sees, read on its way to whatever implementation the model has.
+
+One attention module is sent to our function, which lets its listeners look and then calls the implementation that was
+there: nothing is computed twice, no map of tokens x tokens is made, and without a key bias the outputs do not change by
+a bit. transformers' attention interface is served, and what calls PyTorch's fused attention by itself, as timm does.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+
+from tokenwise.errors import InputError, Problem
+from tokenwise.models.patch import replace_attribute
+from tokenwise.signals.attention import attention_columns, attention_rows
+
+# What some models add to the softmax and the reading does not know: sinks, relative positions.
+_UNKNOWN_TERMS = ("s_aux", "position_bias")
+
+
+@dataclass
+class AttentionCall:
+    """One call of an attention function.
+
+    Args:
+        module: the attention module.
+        query: [batch, heads, queries, head_dim], after rotary embedding and normalisation.
+        key: [batch, key heads, keys, head_dim]; heads is a multiple of key heads.
+        value: [batch, key heads, keys, value_dim].
+        mask: what is added to the scores, or where they count: 4 dimensions that broadcast to
+            [batch, heads, queries, keys]; None where there is none.
+        scaling: factor on the scores.
+        causal: whether a query sees no later key although `mask` is None.
+        softcap: bound of the scores, or None.
+        window: how many positions back a query sees although `mask` is None, or None.
+        key_bias: set by listeners: added to the scores of each key, [batch, 1, 1, keys].
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    causal: bool = False
+    softcap: float | None = None
+    window: int | None = None
+    key_bias: Tensor | None = None
+
+    def add_key_bias(self, bias: Tensor) -> None:
+        """Add `bias` to the scores of each key, [batch, keys]; -inf hides a key."""
+        bias = bias[:, None, None, :]
+        self.key_bias = bias if self.key_bias is None else self.key_bias + bias
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """The attention of some queries over all keys.
+
+        Args:
+            positions: of the queries, [rows] or [batch, rows], int64.
+
+        Returns:
+            [batch, heads, rows, keys], fp32, each row summing to 1.
+        """
+        return attention_rows(self.query, self.key, positions, self._bias, self.scaling, self.softcap)
+
+    def columns(self, valid: Tensor | None = None) -> Tensor:
+        """The attention each key receives, as a mean over the queries.
+
+        Args:
+            valid: queries to take the mean over, [batch, queries], bool; all unless given.
+
+        Returns:
+            [batch, heads, keys], fp32, summing to 1 over the keys.
+        """
+        return attention_columns(self.query, self.key, self._bias, self.scaling, self.softcap, valid)
+
+    def _bias(self, positions: Tensor) -> Tensor | None:
+        """What is added to the scores of the queries at `positions` ([batch, rows]), or None."""
+        bias = self.key_bias
+        if self.mask is not None:
+            mask = _additive(self.mask, self.query.dtype)
+            if mask.shape[2] > 1:
+                batch = mask.expand(positions.shape[0], *mask.shape[1:])
+                index = positions[:, None, :, None].expand(-1, batch.shape[1], -1, batch.shape[3])
+                mask = batch.gather(2, index)
+            bias = mask if bias is None else mask + bias
+        elif self.causal or self.window is not None:
+            keys = torch.arange(self.key.shape[2], device=positions.device)
+            distance = positions.unsqueeze(2) - keys
+            hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+            if self.window is not None:
+                hidden = hidden | (distance >= self.window)
+            seen = torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, float("-inf")).unsqueeze(1)
+            bias = seen if bias is None else seen + bias
+        return bias
+
+    def biased_mask(self) -> Tensor | None:
+        """The mask with the key bias added: what the attention function is to be called with."""
+        if self.key_bias is None:
+            return self.mask
+        bias = self.key_bias.to(self.query.dtype)
+        if self.mask is None:
+            if not self.causal and self.window is None:
+                return bias
+            queries = torch.arange(self.query.shape[2], device=bias.device).expand(bias.shape[0], -1)
+            whole = self._bias(queries)
+            assert whole is not None
+            return whole.to(self.query.dtype)
+        return _additive(self.mask, self.query.dtype) + bias
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+Listener = Callable[[AttentionCall], None]
+
+
+@dataclass
+class _Listening:
+    listeners: list[Listener] = field(default_factory=list)
+    undo: Callable[[], None] = lambda: None
+
+    def tell(self, call: AttentionCall) -> None:
+        for listener in tuple(self.listeners):
+            listener(call)
+
+
+_LISTENING: WeakKeyDictionary[nn.Module, _Listening] = WeakKeyDictionary()
+
+
+def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
+    """Call `listener` with every attention call of `module`, before the attention is computed.
+
+    A listener may read rows or columns of the attention, and may add a key bias. Several share one patch; the last to
+    go restores the module.
+
+    Args:
+        module: an attention module of transformers that its attention interface serves, or one that calls PyTorch's
+            fused attention, as timm's do. The pass raises InputError where the module turns out to do neither.
+        listener: what to call.
+
+    Returns:
+        The function that ends it.
+    """
+    listening = _LISTENING.get(module)
+    if listening is None:
+        listening = _Listening()
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
+            listening.undo = _listen_to_interface(module, listening)
+        else:
+            listening.undo = _listen_to_sdpa(module, listening)
+        _LISTENING[module] = listening
+    listening.listeners.append(listener)
+
+    def stop() -> None:
+        if listener in listening.listeners:
+            listening.listeners.remove(listener)
+            if not listening.listeners and _LISTENING.get(module) is listening:
+                del _LISTENING[module]
+                listening.undo()
+
+    return stop
+
+
+def attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function that serves `module` under `implementation`; eager attention lives in each model's own file."""
+    for kind in type(module).__mro__:
+        names = vars(sys.modules[kind.__module__])
+        if "eager_attention_forward" in names:
+            functions = names.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface())
+            return functions.get_interface(implementation, names["eager_attention_forward"])
+    return AttentionInterface().get_interface(implementation, None)  # type: ignore[arg-type]
+
+
+def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], None]:
+    implementation = module.config._attn_implementation
+    plain = attention_function(module, implementation)
+
+    def tapped(
+        owner: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **options: Any
+    ) -> Any:
+        unknown = [name for name in _UNKNOWN_TERMS if options.get(name) is not None]
+        if unknown or not (attention_mask is None or isinstance(attention_mask, Tensor)):
+            what = ", ".join(unknown) or type(attention_mask).__name__
+            raise InputError(
+                Problem(
+                    "model",
+                    f"the attention of {type(owner).__name__} has {what}, which reading it does not know.",
+                    "Load the model with attn_implementation='sdpa', or use a method that reads no attention.",
+                )
+            )
+        scaling = options.get("scaling")
+        causal = options.get("is_causal")
+        causal = getattr(owner, "is_causal", False) if causal is None else causal
+        prepared = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        call = AttentionCall(
+            owner,
+            query,
+            key,
+            value,
+            prepared,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            causal=bool(causal) and prepared is None and query.shape[2] > 1,
+            softcap=options.get("softcap"),
+            window=options.get("sliding_window") if prepared is None else None,
+        )
+        listening.tell(call)
+        if call.key_bias is not None:
+            if attention_mask is not None and prepared is None:
+                raise InputError(
+                    Problem(
+                        "model",
+                        f"attention {implementation!r} takes no bias of its keys.",
+                        "Load the model with attn_implementation='sdpa'.",
+                    )
+                )
+            attention_mask = call.biased_mask()
+        return plain(owner, query, key, value, attention_mask, *args, **options)
+
+    # The module alone is sent to our function: the name in its own copy of the configuration. Masks are made by the
+    # backbone, from the configuration that stays as it is.
+    name = f"{implementation}_tapped_{id(module)}"
+    config = copy.copy(module.config)
+    config._attn_implementation_internal = name
+    AttentionInterface.register(name, tapped)
+    restore = replace_attribute(module, "config", config)
+
+    def undo() -> None:
+        restore()
+        AttentionInterface._global_mapping.pop(name, None)
+
+    return undo
+
+
+class _Intercept(TorchFunctionMode):
+    """Shows the call of PyTorch's attention that is made while it is active."""
+
+    def __init__(self, module: nn.Module, listening: _Listening):
+        super().__init__()
+        self.module = module
+        self.listening = listening
+        self.called = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not functional.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        self.called = True
+        given = _SDPA.bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        options = given.arguments
+        query, mask, scale = options["query"], options["attn_mask"], options["scale"]
+        call = AttentionCall(
+            self.module,
+            query,
+            options["key"],
+            options["value"],
+            None if mask is None else mask[(None,) * (4 - mask.dim())],
+            query.shape[-1] ** -0.5 if scale is None else scale,
+            causal=options["is_causal"],
+        )
+        self.listening.tell(call)
+        if call.key_bias is not None:
+            options["attn_mask"], options["is_causal"] = call.biased_mask(), False
+        return function(*given.args, **given.kwargs)
+
+
+def _sdpa_signature(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None: ...
+
+
+_SDPA = inspect.signature(_sdpa_signature)
+
+
+def _listen_to_sdpa(module: Any, listening: _Listening) -> Callable[[], None]:
+    """What calls PyTorch's fused attention by itself, as timm does, is caught at that call."""
+    active: list[_Intercept] = []
+
+    def before(*_: Any) -> None:
+        active.append(_Intercept(module, listening))
+        active[-1].__enter__()
+
+    def after(*_: Any) -> None:
+        mode = active.pop()
+        mode.__exit__(None, None, None)
+        if not mode.called and sys.exc_info()[0] is None:
+            raise InputError(
+                Problem(
+                    "model",
+                    f"{type(module).__name__} does not call PyTorch's fused attention.",
+                    "For timm, call timm.layers.set_fused_attn(True) before the model is made.",
+                )
+            )
+
+    handles = [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo

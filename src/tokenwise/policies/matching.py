@@ -1,0 +1,61 @@
+"""Which tokens are merged with which: matchings on a similarity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def normalized(vectors: Tensor) -> Tensor:
+    """Vectors of length 1 in fp32 (fp64 for fp64); zero vectors stay zero."""
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    length = vectors.norm(dim=-1, keepdim=True)
+    made: Tensor = vectors / length.where(length > 0, 1)
+    return made
+
+
+def bipartite_edges(metric: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each token at an even index the most similar one at an odd index.
+
+    Args:
+        metric: [batch, tokens, channels]; similarity is the cosine.
+        excluded: tokens that take no part, [batch, tokens], bool.
+
+    Returns:
+        similarity: [batch, even tokens], fp32; -inf where the token or all its partners are excluded.
+        partner: [batch, even tokens], the index among the tokens, int64; of equal ones the first.
+    """
+    metric = normalized(metric)
+    scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+    if excluded is not None:
+        scores = scores.masked_fill(excluded[:, ::2, None] | excluded[:, None, 1::2], float("-inf"))
+    similarity, index = scores.max(dim=2)
+    return similarity, index * 2 + 1
+
+
+def merge_into_partners(even: Tensor, partner: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The output order and the targets when some tokens are merged into others.
+
+    Args:
+        even: tokens that go, [batch, merged], int64, none of them a partner.
+        partner: the token each one goes into, [batch, merged].
+        tokens: how many tokens there are.
+
+    Returns:
+        kept: the tokens that stay, in their order, [batch, tokens - merged].
+        target: the place among them that each token goes to, [batch, tokens].
+    """
+    batch, merged = even.shape
+    gone = torch.zeros(batch, tokens, dtype=torch.bool, device=even.device).scatter_(1, even, True)
+    # Stable, so that what stays keeps its order.
+    kept = gone.to(torch.uint8).argsort(dim=1, stable=True)[:, : tokens - merged]
+    place = (~gone).long().cumsum(1) - 1
+    return kept, place.scatter(1, even, place.gather(1, partner))
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """The indices of the `count` largest scores of each row, [batch, count], in rising order of index.
+
+    Of equal scores the first stay.
+    """
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values

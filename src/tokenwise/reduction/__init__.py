@@ -1,0 +1,30 @@
+"""Reduction: compute on the tokens that matter."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "EncoderReducer": "base",
+    "InputReducer": "base",
+    "LayerTokens": "base",
+    "Merge": "merge",
+    "Mixture": "merge",
+    "TokenReducer": "base",
+    "keep_only": "merge",
+    "prune_inputs": "inputs",
+    "reduce": "apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"tokenwise.reduction.{_PUBLIC[name]}"), name)
+    if name[:1].isupper():
+        from tokenwise import catalog
+
+        for entry in catalog.entries().values():
+            if entry["family"] == "reduction" and entry["class"] == name:
+                return getattr(importlib.import_module(entry["module"]), name)
+    raise AttributeError(f"module 'tokenwise.reduction' has no attribute {name!r}")

@@ -1,0 +1,135 @@
+"""The kinds of token reducers, and what they get to see."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from tokenwise.method import Method
+from tokenwise.policies.budget import Keep, kept_count
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tokenwise.models.tap import AttentionCall
+    from tokenwise.models.vision_language import EncodedImage, Signal
+    from tokenwise.policies.plans import Shape
+    from tokenwise.reduction.merge import Merge, Mixture
+
+Place = Literal["between", "after"]
+"""Where tokens leave a block: between its attention and its feed-forward layer, or after both."""
+
+
+class TokenReducer(Method):
+    """Makes fewer tokens of many, so that the model computes less."""
+
+    family: ClassVar[str] = "reduction"
+    traits: ClassVar[tuple[str, ...]] = ("site", "reads", "merges")
+    site: ClassVar[Literal["encoder", "input", "decoder"]]
+    """Where: in the blocks of an encoder, at the input of a language model, or in its layers."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """What the method looks at: ``attention`` (queries, keys, values), ``class_token`` (there must be one)."""
+    merges: ClassVar[bool] = False
+    """Whether tokens that go leave something behind in those that stay."""
+
+    keep: Keep = 0.5
+    """What stays of the tokens."""
+
+
+@dataclass
+class LayerTokens:
+    """The tokens of a batch at one place of one block.
+
+    Args:
+        hidden: [batch, tokens, channels].
+        size: how many of the first tokens each one stands for, [batch, tokens], fp32.
+        layer: index of the block, from 0.
+        layers: how many blocks there are.
+        prefix: how many of the tokens, at the beginning, are protected.
+        has_class_token: whether the first token gathers the whole input.
+        attention: the attention of this block; None unless the method reads it.
+        positions: where each token stood at the beginning, [batch, tokens], int64.
+        padding: tokens that are padding, [batch, tokens], bool; None where there is none.
+        memory: what the method keeps from block to block, each [batch, tokens, ...]; follows the tokens that stay.
+    """
+
+    hidden: Tensor
+    size: Tensor
+    layer: int
+    layers: int
+    prefix: int
+    has_class_token: bool
+    positions: Tensor
+    attention: AttentionCall | None = None
+    padding: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def keys(self) -> Tensor:
+        """The keys as a mean over heads, [batch, tokens, head_dim]."""
+        assert self.attention is not None
+        return self.attention.key.mean(1)
+
+    def class_row(self) -> Tensor:
+        """The attention of the class token, as a mean over heads, [batch, tokens], fp32."""
+        import torch
+
+        assert self.attention is not None
+        return self.attention.rows(torch.zeros(1, dtype=torch.long, device=self.hidden.device)).mean(1)[:, 0]
+
+    def columns(self) -> Tensor:
+        """The attention each token receives, as a mean over heads and queries, [batch, tokens], fp32."""
+        assert self.attention is not None
+        return self.attention.columns(None if self.padding is None else ~self.padding).mean(1)
+
+    def protected(self) -> torch.Tensor:
+        """Which tokens must stay as they are, [batch, tokens], bool: the prefix and padding."""
+        import torch
+
+        first = torch.arange(self.hidden.shape[1], device=self.hidden.device) < self.prefix
+        first = first.expand(self.hidden.shape[:2])
+        return first if self.padding is None else first | self.padding
+
+
+class EncoderReducer(TokenReducer):
+    """Takes tokens out of the blocks of an encoder.
+
+    A subclass says how many tokens there are after each block (`counts`), and which (`reduce`).
+    """
+
+    site: ClassVar[Literal["encoder", "input", "decoder"]] = "encoder"
+    place: ClassVar[Place] = "between"
+    proportional: ClassVar[bool] = False
+    """Whether attention counts a merged token as often as the tokens it stands for."""
+
+    @abstractmethod
+    def counts(self, shape: Shape) -> list[int]:
+        """Tokens after each block, protected ones included; never rising."""
+
+    @abstractmethod
+    def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture:
+        """What becomes of the tokens of one block so that `count` are left."""
+
+
+class InputReducer(TokenReducer):
+    """Chooses among the features of an image before the language model reads them.
+
+    A subclass names the `signals` of the vision tower it reads, and makes `count` rows of an image's (`select`).
+    """
+
+    site: ClassVar[Literal["encoder", "input", "decoder"]] = "input"
+    conditioned: ClassVar[bool] = False
+    """Whether the choice depends on the text beside the image."""
+
+    def signals(self) -> tuple[Signal, ...]:
+        """What is recorded of the vision tower; nothing unless given."""
+        return ()
+
+    def counts_of(self, images: list[EncodedImage]) -> list[int]:
+        """Rows of each image that stay: the same share, or amount, of each unless given."""
+        return [kept_count(self.keep, image.features.shape[0]) for image in images]
+
+    @abstractmethod
+    def select(self, image: EncodedImage, count: int) -> Merge | Mixture:
+        """What becomes of one image's rows, as a batch of 1, so that `count` are left."""

@@ -1,0 +1,309 @@
+"""Reduction inside an encoder: hooks around the sub-layers of its blocks, no forward of a model replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenwise.errors import InputError, Problem
+from tokenwise.method import Handle
+from tokenwise.models.encoders import Encoder, EncoderBlock
+from tokenwise.models.tap import AttentionCall, listen
+from tokenwise.policies.plans import Shape
+from tokenwise.reduction.base import EncoderReducer, LayerTokens
+from tokenwise.reduction.merge import Merge, Mixture
+
+
+@dataclass
+class Pass:
+    """The tokens of one forward pass on their way through the blocks.
+
+    Args:
+        counts: tokens after each block by the plan.
+        size: of the tokens that are left, [batch, tokens], fp32.
+        positions: where each of them stood at the beginning, [batch, tokens].
+        group: which of them each token of the beginning is in, [batch, tokens at the beginning]; -1 where dropped.
+        padding: which are padding, [batch, tokens], bool; None where there is none.
+        memory: the method's own, following the tokens.
+        reduced: whether any block took tokens out.
+        layers: what was left after each block so far, for drawings and checks.
+    """
+
+    counts: list[int]
+    size: Tensor
+    positions: Tensor
+    group: Tensor
+    padding: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    reduced: bool = False
+    layers: list[int] = field(default_factory=list)
+
+    def follow(self, change: Merge | Mixture) -> None:
+        """Let the bookkeeping follow a change of the tokens."""
+        self.size = change.new_size(self.size)
+        moved = change.moved()
+        missing = self.positions.shape[1] - moved.shape[1]
+        moved = nn.functional.pad(moved, (0, missing), value=-1)
+        self.group = torch.where(self.group < 0, -1, moved.gather(1, self.group.clamp_min(0)))
+        self.positions = self.positions.gather(1, change.kept)
+        if self.padding is not None:
+            self.padding = self.padding.gather(1, change.kept)
+        for name, values in self.memory.items():
+            index = change.kept.view(*change.kept.shape, *[1] * (values.dim() - 2))
+            self.memory[name] = values.gather(1, index.expand(*change.kept.shape, *values.shape[2:]))
+        self.reduced = True
+
+
+class EncoderReduction(Handle):
+    """An encoder whose blocks take tokens out, until `undo`.
+
+    Attributes:
+        encoder: the encoder.
+        method: the method.
+        last: the last forward pass; None before the first.
+        stats: ``passes``; of the last pass ``tokens_before``, ``tokens_after``, ``mean_share`` (of tokens that the
+            feed-forward layers worked on) and ``macs_share`` (of the blocks' multiply-accumulates).
+        masked: do not take tokens out but hide them from attention, and give each merged token all its members'
+            places: the reference to which the fast way is compared.
+    """
+
+    def __init__(self, encoder: Encoder, method: EncoderReducer, masked: bool = False):
+        super().__init__()
+        self.encoder = encoder
+        self.method = method
+        self.masked = masked
+        self.last: Pass | None = None
+        self._plans: dict[int, list[int]] = {}
+        self._calls: dict[int, AttentionCall] = {}
+        if "class_token" in method.reads and not encoder.has_class_token:
+            raise InputError(
+                Problem(
+                    "model",
+                    f"has no class token, which {type(method).__name__} reads.",
+                    "Use a method that reads the mean over all queries, such as hi_prune, or none, such as tome.",
+                )
+            )
+        for index, block in enumerate(encoder.blocks):
+            self._attach(index, block)
+
+    def plan(self, tokens: int) -> list[int]:
+        """Tokens after each block when `tokens` come in."""
+        if tokens not in self._plans:
+            encoder = self.encoder
+            shape = Shape(
+                tokens, len(encoder.blocks), encoder.prefix, encoder.width, encoder.hidden_width, encoder.gated
+            )
+            counts = self.method.counts(shape)
+            before = tokens
+            for count in counts:
+                if not encoder.prefix < count <= before and count != before:
+                    raise InputError(
+                        Problem(
+                            f"{type(self.method).__name__}.keep",
+                            f"leaves {count} of {before} tokens, of which {encoder.prefix} are protected.",
+                            "Keep at least one token besides these.",
+                        )
+                    )
+                before = count
+            self._plans[tokens] = counts
+        return self._plans[tokens]
+
+    def _attach(self, index: int, block: EncoderBlock) -> None:
+        def hook(handle: Any) -> None:
+            self.on_undo(handle.remove)
+
+        running: dict[str, Any] = {}
+
+        def enter(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            running.clear()
+            hidden = args[0] if args else options["hidden_states"]
+            if index == 0:
+                self._begin(hidden, _mask_of(args, options))
+            assert self.last is not None
+            if not self.last.reduced or self.masked:
+                return None
+            return _with_mask(args, options, self.last)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            assert self.last is not None
+            if "reduced" in running:
+                result = running["reduced"] + running["branch"]
+                output = (result, *output[1:]) if isinstance(output, tuple) else result
+            if self.method.place == "after":
+                hidden = output[0] if isinstance(output, tuple) else output
+                reduced = self._reduce(index, hidden)
+                if reduced is not None:
+                    output = (reduced, *output[1:]) if isinstance(output, tuple) else reduced
+            self.last.layers.append(self.last.positions.shape[1])
+            self._calls.pop(index, None)
+            if index == len(self.encoder.blocks) - 1:
+                self._finish()
+            return output
+
+        def between(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            reduced = self._reduce(index, args[0])
+            if reduced is None:
+                return None
+            running["reduced"] = reduced
+            return (reduced, *args[1:])
+
+        def in_branch(module: nn.Module, args: Any, output: Tensor) -> Any:
+            if "reduced" not in running or module not in block.branch:
+                return None
+            running["branch"] = output
+            # The block adds this to as many tokens as it began with; the sum is replaced as a whole.
+            return None if module is not block.branch[-1] else output.new_zeros(()).expand(output.shape[0], 1, 1)
+
+        def after_output(module: nn.Module, args: Any, output: Any) -> Any:
+            reduced = self._reduce(index, output[0] if isinstance(output, tuple) else output)
+            if reduced is None:
+                return None
+            return (reduced, *output[1:]) if isinstance(output, tuple) else reduced
+
+        hook(block.module.register_forward_pre_hook(enter, with_kwargs=True))
+        hook(block.module.register_forward_hook(leave))
+        if self.method.place == "between":
+            if block.output is not None:
+                hook(block.output.register_forward_hook(after_output))
+            else:
+                assert block.norm is not None
+                hook(block.norm.register_forward_pre_hook(between))
+                for module in dict.fromkeys(block.branch):
+                    hook(module.register_forward_hook(in_branch))
+        self.on_undo(listen(block.attention, lambda call: self._listen(index, call)))
+
+    def _begin(self, hidden: Tensor, mask: Tensor | None) -> None:
+        batch, tokens = hidden.shape[:2]
+        positions = torch.arange(tokens, device=hidden.device).expand(batch, -1)
+        padding = None
+        if mask is not None:
+            # A mask of keys alone: the same for every query.
+            shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            padding = ~shown.expand(batch, *shown.shape[1:])[:, 0].all(1)
+            padding = padding if bool(padding.any()) else None
+        self._calls.clear()
+        size = torch.ones(batch, tokens, device=hidden.device)
+        self.last = Pass(self.plan(tokens), size, positions, positions, padding)
+
+    def _listen(self, index: int, call: AttentionCall) -> None:
+        assert self.last is not None
+        tokens = self.last
+        if "attention" in self.method.reads:
+            self._calls[index] = call
+        if not tokens.reduced:
+            return
+        if self.masked:
+            call.add_key_bias(self._masked_bias(tokens))
+        elif self.method.proportional and self.method.merges:
+            call.add_key_bias(tokens.size.log())
+
+    def _masked_bias(self, tokens: Pass) -> Tensor:
+        """What every place of the beginning adds to its scores: all members of a group together weigh what it does."""
+        group = tokens.group.clamp_min(0)
+        members = torch.zeros_like(tokens.size).scatter_add_(1, group, (tokens.group >= 0).to(tokens.size))
+        bias = (tokens.size / members if self.method.proportional else 1 / members).log().gather(1, group)
+        return bias.masked_fill(tokens.group < 0, torch.finfo(bias.dtype).min)
+
+    def _reduce(self, index: int, hidden: Tensor) -> Tensor | None:
+        """The reduced tokens of one block, or None where it takes none out."""
+        tokens = self.last
+        assert tokens is not None
+        count, available = tokens.counts[index], tokens.positions.shape[1]
+        if count >= available:
+            return None
+        whole, call = hidden, self._calls.get(index)
+        if self.masked:
+            hidden = _take(hidden, tokens.positions)
+            call = None if call is None else _compact_call(call, tokens, self.method)
+        layer = LayerTokens(
+            hidden,
+            tokens.size,
+            index,
+            len(self.encoder.blocks),
+            self.encoder.prefix,
+            self.encoder.has_class_token,
+            tokens.positions,
+            call,
+            tokens.padding,
+            tokens.memory,
+        )
+        change = self.method.reduce(layer, count)
+        reduced = change.apply(hidden, tokens.size)
+        tokens.follow(change)
+        if not self.masked:
+            return reduced
+        members = reduced.gather(1, tokens.group.clamp_min(0).unsqueeze(2).expand(-1, -1, reduced.shape[2]))
+        return torch.where((tokens.group < 0).unsqueeze(2), whole, members)
+
+    def _finish(self) -> None:
+        tokens = self.last
+        assert tokens is not None
+        encoder, before = self.encoder, tokens.group.shape[1]
+        shape = Shape(before, len(encoder.blocks), encoder.prefix, encoder.width, encoder.hidden_width, encoder.gated)
+        entered = [before, *tokens.layers[:-1]]
+        processed = tokens.layers if self.method.place == "between" else entered
+        dense = [before] * len(encoder.blocks)
+        self.stats.update(
+            passes=self.stats.get("passes", 0) + 1,
+            tokens_before=before,
+            tokens_after=tokens.layers[-1],
+            mean_share=sum(processed) / sum(dense),
+            macs_share=shape.macs(entered, processed) / shape.macs(dense, dense),
+        )
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, index.unsqueeze(2).expand(-1, -1, values.shape[2]))
+
+
+def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> AttentionCall:
+    """The attention of the tokens that are left, as if the others were gone."""
+    index = tokens.positions[:, None, :, None]
+
+    def taken(values: Tensor) -> Tensor:
+        return values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
+
+    mask = None if call.mask is None else _take_keys(call.mask, tokens.positions)
+    compact = AttentionCall(
+        call.module, taken(call.query), taken(call.key), taken(call.value), mask, call.scaling, softcap=call.softcap
+    )
+    if tokens.reduced and method.proportional and method.merges:
+        compact.add_key_bias(tokens.size.log())
+    return compact
+
+
+def _mask_of(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
+    mask = options.get("attention_mask", options.get("attn_mask", args[1] if len(args) > 1 else None))
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise InputError(
+            Problem(
+                "attention_mask",
+                f"reaches the blocks as {type(mask).__name__}, which cannot follow the tokens.",
+                "Load the model with attn_implementation='sdpa' or 'eager'.",
+            )
+        )
+    return mask
+
+
+def _with_mask(args: tuple[Any, ...], options: dict[str, Any], tokens: Pass) -> Any:
+    """The block's inputs with the mask of the tokens that are left."""
+    name = next((name for name in ("attention_mask", "attn_mask") if options.get(name) is not None), None)
+    if name is not None:
+        return args, {**options, name: _take_keys(options[name], tokens.positions)}
+    if len(args) > 1 and args[1] is not None:
+        return (args[0], _take_keys(args[1], tokens.positions), *args[2:]), options
+    return None
+
+
+def _take_keys(mask: Tensor, positions: Tensor) -> Tensor:
+    mask = mask.expand(positions.shape[0], *mask.shape[1:])
+    index = positions[:, None, None, :].expand(-1, *mask.shape[1:3], -1)
+    taken = mask.gather(3, index)
+    if taken.shape[2] == 1:
+        return taken
+    return taken.gather(2, positions[:, None, :, None].expand(-1, taken.shape[1], -1, positions.shape[1]))

@@ -1,0 +1,124 @@
+"""What a reduction does to the tokens: which stay, and where the others go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Merge:
+    """Fewer tokens made from many: some stay, each other one goes into one of them or is dropped.
+
+    Args:
+        kept: for each output token the input token whose place it takes, [batch, kept], int64.
+        target: the output token that each input token goes to, [batch, tokens], int64; -1 where it is dropped. None
+            where all but the kept ones are dropped.
+        weights: of each input token in the sum it goes to, [batch, tokens]; its size unless given.
+        average: whether each sum is divided by the sum of its weights.
+        sizes: what each token adds to the size of the output token, [batch, tokens]; its size unless given.
+    """
+
+    kept: Tensor
+    target: Tensor | None = None
+    weights: Tensor | None = None
+    average: bool = True
+    sizes: Tensor | None = None
+
+    def apply(self, values: Tensor, size: Tensor) -> Tensor:
+        """The output tokens' values.
+
+        Args:
+            values: [batch, tokens, channels].
+            size: of each token, [batch, tokens].
+
+        Returns:
+            [batch, kept, channels], in the type of `values`; sums are made in fp32 (fp64 for fp64).
+        """
+        if self.target is None:
+            return values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        weights = (size if self.weights is None else self.weights).to(dtype)
+        # A token that nothing joins is passed on as it is, whatever the arithmetic of the others.
+        total = self._sum(weights.unsqueeze(2) * values.to(dtype))
+        if self.average:
+            total = total / self._sum(weights.unsqueeze(2))
+        alone = self._sum(torch.ones_like(weights).unsqueeze(2)) == 1
+        own = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
+        unchanged = alone if self.average else alone & (weights.gather(1, self.kept) == 1).unsqueeze(2)
+        return torch.where(unchanged, own, total.to(values.dtype))
+
+    def new_size(self, size: Tensor) -> Tensor:
+        """The size of each output token, [batch, kept], from the input's [batch, tokens]."""
+        if self.target is None:
+            return size.gather(1, self.kept)
+        return self._sum((size if self.sizes is None else self.sizes.to(size.dtype)).unsqueeze(2)).squeeze(2)
+
+    def moved(self) -> Tensor:
+        """The output token of each input token, [batch, tokens]; -1 where it is dropped."""
+        if self.target is not None:
+            return self.target
+        batch, count = self.kept.shape
+        places = torch.arange(count, device=self.kept.device).expand(batch, -1)
+        tokens = int(self.kept.max()) + 1 if count else 0
+        return torch.full((batch, tokens), -1, device=self.kept.device).scatter_(1, self.kept, places)
+
+    def matrix(self, size: Tensor) -> Tensor:
+        """The same as a matrix, [batch, kept, tokens] in fp64: ``matrix @ values`` is `apply`."""
+        batch, tokens = size.shape
+        target = torch.full((batch, tokens), -1, device=size.device)
+        moved = self.moved()
+        target[:, : moved.shape[1]] = moved
+        places = torch.arange(self.kept.shape[1], device=size.device)
+        member = (target.unsqueeze(1) == places[:, None]).double()
+        if self.target is None:
+            return member
+        weighted = member * (size if self.weights is None else self.weights).double().unsqueeze(1)
+        return weighted / weighted.sum(2, keepdim=True) if self.average else weighted
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Sums over what goes to each output token, [batch, kept, channels]; the dropped go to a row cut off."""
+        assert self.target is not None
+        count = self.kept.shape[1]
+        index = torch.where(self.target < 0, count, self.target).unsqueeze(2).expand_as(values)
+        whole = values.new_zeros(values.shape[0], count + 1, values.shape[2])
+        return whole.scatter_add_(1, index, values)[:, :count]
+
+
+@dataclass
+class Mixture:
+    """Output tokens that are sums of any inputs, as a learned slimming makes them or a neighbourhood does.
+
+    Args:
+        kept: for each output token the input token whose place it takes, [batch, kept], int64.
+        mixing: the weight of each input token in each output token, [batch, kept, tokens].
+    """
+
+    kept: Tensor
+    mixing: Tensor
+
+    def apply(self, values: Tensor, size: Tensor) -> Tensor:
+        """As `Merge.apply`."""
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return (self.mixing.to(dtype) @ values.to(dtype)).to(values.dtype)
+
+    def new_size(self, size: Tensor) -> Tensor:
+        """As `Merge.new_size`."""
+        return (self.mixing.to(size.dtype) @ size.unsqueeze(2)).squeeze(2)
+
+    def moved(self) -> Tensor:
+        """The output token that stands in each kept input token's place, [batch, tokens]; -1 elsewhere."""
+        places = torch.arange(self.kept.shape[1], device=self.kept.device).expand(self.kept.shape[0], -1)
+        empty = torch.full((self.kept.shape[0], self.mixing.shape[2]), -1, device=self.kept.device)
+        return empty.scatter_(1, self.kept, places)
+
+    def matrix(self, size: Tensor) -> Tensor:
+        """As `Merge.matrix`."""
+        return self.mixing.double()
+
+
+def keep_only(kept: Tensor) -> Merge:
+    """The tokens `kept` ([batch, kept], int64) in this order; the others are dropped."""
+    return Merge(kept)

@@ -1,0 +1,103 @@
+"""reduce at the input of a language model: placeholders follow features, dropping equals hiding, ids stay whole."""
+
+import pytest
+import torch
+from small_models import llava, pictures
+
+import tokenwise as tw
+from tokenwise.errors import InputError
+
+METHODS = {"faster_vlm": lambda keep: tw.FasterVLM(keep=keep), "random": lambda keep: tw.reduction.Random(keep=keep)}
+
+
+def batch(padded=False):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 90, (2, 22), generator=generator)
+    ids[0, 3:19] = ids[1, 5:21] = 98
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_dropping_equals_hiding(name, padded):
+    model, inputs = llava(), batch(padded)
+    with tw.reduce(model, METHODS[name](0.25)) as handle:
+        found = model(**inputs).logits
+    assert handle.stats == {"batches": 1, "image_tokens_before": 32, "image_tokens_after": 8}
+    mask = inputs["attention_mask"].clone()
+    for row, kept in enumerate(handle.kept):
+        gone = torch.ones(16, dtype=torch.bool).index_fill(0, kept, False)
+        mask[row, (inputs["input_ids"][row] == 98).nonzero()[:, 0][gone]] = 0
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    expected = model(**{**inputs, "attention_mask": mask}, position_ids=positions).logits
+    for row in range(2):
+        own = expected[row][mask[row].bool()]
+        assert torch.allclose(found[row, -len(own) :], own, atol=1e-5)
+
+
+@torch.no_grad()
+def test_keeping_all_is_the_plain_call_to_the_bit():
+    model, inputs = llava(), batch(padded=True)
+    plain = model(**inputs).logits
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    with tw.reduce(model, tw.FasterVLM(keep=1.0)):
+        assert torch.equal(model(**inputs).logits, plain)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), ids)
+    assert "forward" not in vars(model)
+    assert "generate" not in vars(model)
+
+
+@torch.no_grad()
+def test_generated_ids_keep_the_whole_prompt():
+    model, inputs = llava(), batch(padded=True)
+    before = {name: value.clone() for name, value in inputs.items()}
+    with tw.reduce(model, tw.FasterVLM(keep=0.25)):
+        options = {"max_new_tokens": 5, "do_sample": False}
+        found = model.generate(**inputs, **options)
+        beams = model.generate(**inputs, **options, num_beams=2, num_return_sequences=2)
+        single = model.generate(**{name: value[:1] for name, value in inputs.items()}, **options)
+        short = model.generate(**inputs, max_length=24, do_sample=False)
+    assert torch.equal(found[:, :22], inputs["input_ids"])
+    assert found.shape == (2, 27)
+    assert beams.shape == (4, 27)
+    assert torch.equal(beams[:, :22], inputs["input_ids"].repeat_interleave(2, 0))
+    assert torch.equal(single[0], found[0])
+    assert torch.equal(short, found[:, :24])
+    assert all(torch.equal(inputs[name], value) for name, value in before.items())
+
+
+def test_training_through_fewer_tokens():
+    model, inputs = llava(), batch()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 98, -100)
+    with tw.reduce(model, tw.FasterVLM(keep=0.5)):
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+    assert torch.isfinite(loss)
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_the_kept_patches_have_the_largest_attention():
+    model, inputs = llava(), batch()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[-2]
+    expected = attention.mean(1)[:, 0, 1:].topk(4).indices.sort().values
+    model.set_attn_implementation("sdpa")
+    with tw.reduce(model, tw.FasterVLM(keep=0.25)) as handle, torch.no_grad():
+        model(**inputs)
+    assert torch.equal(torch.stack(handle.kept), expected)
+
+
+def test_bad_input_is_refused():
+    model, inputs = llava(), batch()
+    inputs["input_ids"][0, 3] = 5
+    with pytest.raises(InputError, match="31 placeholders for 32 image features"):
+        tw.prune_inputs(model, inputs, tw.FasterVLM(keep=0.5))
+    with pytest.raises(InputError, match="no vision-language model known here"):
+        tw.reduce(model.model.language_model, tw.FasterVLM())
+    with pytest.raises(InputError, match="none of the vision tower's 4"):
+        tw.prune_inputs(model, batch(), tw.FasterVLM(layer=7))
