@@ -3,8 +3,9 @@
 Usage: python layouts_worker.py LIBRARY FOLDER [CHECKOUT]
 
 It runs in the environment of the library it measures, and needs nothing from tokenwise's where that is a peer. It reads
-``job.json``, ``reference.safetensors`` and ``model.safetensors`` from FOLDER, and writes the change of all parameters for each loss and layout to
-``updates-RANKS.safetensors``. Under torchrun with N processes it takes the layouts meant for N ranks.
+``job.json``, ``reference.safetensors`` and ``model.safetensors`` from FOLDER, and writes the change of all parameters
+for each loss and layout to ``updates-RANKS.safetensors``. Under torchrun with N processes it takes the layouts meant
+for N ranks.
 """
 
 from __future__ import annotations
