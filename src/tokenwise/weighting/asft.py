@@ -15,15 +15,19 @@ from tokenwise.weighting.objective import Objective, Term
 
 
 class ASFT(Objective):
-    """Anchored supervised fine-tuning: DFT plus alpha times the divergence KL(reference || current), per token."""
+    """Anchored supervised fine-tuning: DFT plus alpha times the divergence KL(reference || current), per token.
+
+    Both terms are divided by the labels of the whole optimizer step. LLaMA-Factory divides them by the labels of each
+    micro-batch and adds these averages up, so that its update grows with the number of accumulation steps, and is not
+    a number where a micro-batch has no label; on one batch the two are the same.
+    """
 
     card: ClassVar[Card] = Card(
         id="weighting/asft",
         paper=Paper(title="Anchored Supervised Fine-Tuning", arxiv="2509.23753"),
         needs=("the model before training",),
         status="VERIFIED",
-        checked="the formula as LLaMA-Factory 0.9.5 has it, against autograd in fp64; that code averages each "
-        "micro-batch by itself, this divides by the labels of the whole step",
+        checked="LLaMA-Factory's asft_loss_func on one batch, loss and gradients on stored numbers; autograd in fp64",
     )
 
     alpha: float = Field(0.1, ge=0)

@@ -74,7 +74,8 @@ class DFT(PointwiseWeighter):
             arxiv="2508.05629",
         ),
         status="VERIFIED",
-        checked="TRL 1.16 loss_type='dft', loss and gradients; the gradient of mean(-p)",
+        checked="TRL 1.16 loss_type='dft' and LLaMA-Factory's dft_loss_func, losses and gradients; the gradient of "
+        "mean(-p)",
     )
 
     def pointwise(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
