@@ -324,7 +324,7 @@ def _count_labels(rows: list[NDArray[Any]], classes: int, where: str) -> NDArray
     labels = np.concatenate([row.reshape(-1) for row in rows])
     labels = labels[labels != IGNORED]
     if labels.dtype.kind not in "iu" or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
-        bad = next(value for value in labels.tolist() if not (isinstance(value, int) and 0 <= value < classes))
+        bad = next(value for value in labels.tolist() if not (type(value) is int and 0 <= value < classes))
         raise InputError(
             Problem(where, f"has the label {bad!r}, the model classes 0 to {classes - 1}.", "Set num_labels.")
         )
