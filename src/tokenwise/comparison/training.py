@@ -28,11 +28,12 @@ from transformers import (
 )
 
 from tokenwise import catalog
-from tokenwise.comparison.flops import FlopMeter
 from tokenwise.comparison.quality import Quality
 from tokenwise.comparison.records import Job, Point, Result
 from tokenwise.comparison.spending import Spending, learning_rate_factor
 from tokenwise.method import Handle, Method
+from tokenwise.models import machine
+from tokenwise.models.flops import FlopMeter
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.apply import token_weights
 from tokenwise.weighting.base import TokenWeighter
@@ -401,11 +402,10 @@ def example_of(
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("tokenwise", "torch", "transformers", "accelerate")},
-        "machine": f"{platform.system()} {machine}",
+        "machine": machine.name_of(device),
         "device": device.type,
         "threads": str(torch.get_num_threads()),
     }
