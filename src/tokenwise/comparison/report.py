@@ -200,6 +200,11 @@ def _unmeasured(conclusion: Conclusion) -> list[str]:
         missing = [row.label for row in finished if getattr(row.costs, name) is None]
         if missing:
             found.append(f"{title} of {listing(missing)}")
+    for name, title in (("flops", "FLOPs"), ("wall_seconds", "wall time on this machine")):
+        references = [row for row in finished if row.reference_costs is not None]
+        missing = [row.label for row in references if getattr(row.reference_costs, name) is None]
+        if missing:
+            found.append(f"{title} of the reference of {listing(missing)}")
     if finished and not conclusion.seconds_comparable:
         found.append("wall time in a comparable way (runs shared the machine)")
     return found

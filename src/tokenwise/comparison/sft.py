@@ -17,7 +17,7 @@ from tokenwise.comparison.held_out import HeldOut
 from tokenwise.comparison.quality import ResponseQuality
 from tokenwise.comparison.records import Job, Result
 from tokenwise.comparison.rows import Responses
-from tokenwise.comparison.training import Progress, Row, build_method, example_of, pad_rows, run_training
+from tokenwise.comparison.training import Progress, Row, build_method, example_of, pad_rows, reads_scores, run_training
 from tokenwise.models.load import load_tokenizer, make_or_load_model, padding_id
 from tokenwise.weighting.apply import weigh
 from tokenwise.weighting.base import TokenWeighter
@@ -48,7 +48,7 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         rows=_Rows(Responses.load(task["train_rows"]), method.reads),
         held_out=HeldOutResponses(held_out, tokenizer, task),
         attach=partial(weigh, normalize=task["training"]["normalize"]),
-        collate=partial(pad_rows, padding=padding, mask=False),
+        collate=partial(pad_rows, padding=padding, mask=reads_scores(method)),
         metered_steps=_METERED_STEPS,
         example=lambda: example_of(
             model, method, tokenizer, held_out.input_ids[shown], held_out.labels[shown], job.seed

@@ -34,6 +34,7 @@ from tokenwise.comparison.spending import Spending, learning_rate_factor
 from tokenwise.method import Handle, Method
 from tokenwise.models import machine
 from tokenwise.models.flops import FlopMeter
+from tokenwise.scores.layout import is_store
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.apply import token_weights
 from tokenwise.weighting.base import TokenWeighter
@@ -161,6 +162,13 @@ def build_method(job: Job) -> Method:
         fields = {**fields, "reference": job.task["reference"]}
     folder = Path(job.task["method_folder"]) if "method_folder" in job.task else None
     return catalog.build({name: fields}, "method", folder)
+
+
+def reads_scores(method: Method) -> bool:
+    """Whether the method's reference is a folder of token scores. They are found by the ids of a row without its
+    padding, so that batches need a mask."""
+    reference = getattr(method, "reference", None)
+    return reference is not None and is_store(reference)
 
 
 class EndlessRows(Dataset[Row]):
@@ -393,8 +401,9 @@ def example_of(
     labels: NDArray[np.int32],
     seed: int,
 ) -> dict[str, list[Any]] | None:
-    """The start of a text with the weight the method gives each token now; None where it needs columns for that."""
-    if method.reads & {"loss_weights", "sample_id"}:
+    """The start of a text with the weight the method gives each token now; None where it needs columns for that, or
+    scores, which are of the training data."""
+    if method.reads & {"loss_weights", "sample_id"} or reads_scores(method):
         return None
     ids, targets = (values[:EXAMPLE_TOKENS].tolist() for values in (input_ids, labels))
     weights = token_weights(model, method, ids, seed, labels=targets).weights
