@@ -116,7 +116,8 @@ class Result:
         reference_costs: what training the reference, or scoring the data with it, cost (charged to each run that uses
             it); None without one.
         curve: evaluations on the way, in order.
-        weights: mean weight, effective sample size as a share, kept share: means over training.
+        weights: what the weights did, over all of the training, by the names of `Weighing.stats`: mean weight, kept
+            share, effective sample size and learning rate, gradient shares by decile of weight.
         example: one held-out piece of text as the trained method sees it: ``{"tokens": [...], "weights": [...]}``,
             the first token (which has no prediction) with weight None.
         model_dir: where the trained model lies, relative to the comparison's folder.

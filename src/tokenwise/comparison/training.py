@@ -38,8 +38,14 @@ from tokenwise.scores.layout import is_store
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.apply import token_weights
 from tokenwise.weighting.base import TokenWeighter
+from tokenwise.weighting.diagnostics import DECILES
 
 EXAMPLE_TOKENS = 100
+WEIGHTS = (
+    *("mean_weight", "effective_sample_size", "kept_share", "effective_learning_rate"),
+    *(f"gradient_share_decile_{decile}" for decile in range(1, DECILES + 1)),
+)
+"""What a result keeps of a `Weighing`'s stats."""
 _PROGRESS_SECONDS = 0.5
 _ENDLESS = 2**40
 
@@ -132,8 +138,7 @@ def run_training(
         course = _Course(spending, model, held_out, training["evaluations"], progress)
         trainer.add_callback(course)
         _train(trainer)
-        names = ("mean_weight", "effective_sample_size", "kept_share")
-        weights = {name: handle.stats[name] for name in names if name in handle.stats}
+        weights = {name: handle.stats[name] for name in WEIGHTS if name in handle.stats}
 
     quality, point = held_out.measure(model)
     if not quality.finite:
