@@ -187,7 +187,7 @@ class ObjectiveForward:
         targets = _targets(labels, shift_labels)
         # Before the model itself, so that switching adapters off and on leaves its graph alone.
         frozen: States | StoredLosses | None = None
-        if isinstance(self.reference, FrozenStates):
+        if self.reference is not None and hasattr(self.reference, "states"):
             frozen = self.reference.states(*args, **inputs)
         elif self.reference is not None:
             frozen = partial(_stored_losses, self.reference, args, inputs)
