@@ -113,7 +113,7 @@ def _weigh_model(
     forward: WeightedForward | ObjectiveForward
     handle: Weighing
     if isinstance(method, Objective):
-        forward = ObjectiveForward(model, method, load_frozen(target, model, method), low_memory)
+        forward = ObjectiveForward(model, method, load_frozen(target, model, method, tokenizer), low_memory)
         handle = ObjectiveWeighing(forward)
     else:
         state = method.start(Run(seed=seed, rank=rank, device=model.device, model=model))
