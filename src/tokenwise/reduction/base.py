@@ -121,6 +121,9 @@ class InputReducer(TokenReducer):
     site: ClassVar[Literal["encoder", "input", "decoder"]] = "input"
     conditioned: ClassVar[bool] = False
     """Whether the choice depends on the text beside the image."""
+    before_projector: ClassVar[bool] = False
+    """Whether it mixes what the projector reads, where the model has a projector that reads each row by itself;
+    elsewhere, and otherwise, it mixes the features."""
 
     def signals(self) -> tuple[Signal, ...]:
         """What is recorded of the vision tower; nothing unless given."""
@@ -132,4 +135,4 @@ class InputReducer(TokenReducer):
 
     @abstractmethod
     def select(self, image: EncodedImage, count: int) -> Merge | Mixture:
-        """What becomes of one image's rows, as a batch of 1, so that `count` are left."""
+        """What becomes of one image's rows, as a batch of 1, so that `count` are left, or the next fewer possible."""
