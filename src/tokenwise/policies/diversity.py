@@ -35,7 +35,7 @@ def farthest_first(distance: Tensor, count: int, start: Tensor | None = None, we
     if start is None:
         alone = distance.clone()
         alone.fill_diagonal_(torch.inf)
-        start = alone.min(dim=0).values.argmax()
+        start = alone.amin(dim=1).argmax()
     return _greedy(distance, count, start, torch.minimum, weights)
 
 

@@ -45,7 +45,8 @@ class PruMerge(InputReducer):
         paper=_PAPER,
         needs=("a vision tower with a class token",),
         status="VERIFIED",
-        checked="42Shawn/LLaVA-PruMerge, in the order of the patches; outliers of each image for itself, one at least",
+        checked="42Shawn/LLaVA-PruMerge, in the order of the patches; outliers of each image for itself, one at least, "
+        "and none lost to rounding",
         control="reduction/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"attention", "class_token"})
