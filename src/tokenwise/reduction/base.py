@@ -30,8 +30,8 @@ class TokenReducer(Method):
     site: ClassVar[Literal["encoder", "input", "decoder"]]
     """Where: in the blocks of an encoder, at the input of a language model, or in its layers."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the method looks at: ``attention`` (queries, keys, values), ``class_token`` (there must be one), ``projector``
-    (one that reads each patch by itself)."""
+    """What the method looks at: ``attention`` (queries, keys, values), ``class_token`` (there must be one),
+    ``projector`` (one that reads each patch by itself)."""
     merges: ClassVar[bool] = False
     """Whether tokens that go leave something behind in those that stay."""
 
