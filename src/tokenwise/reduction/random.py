@@ -64,5 +64,4 @@ class RandomDrop(EncoderReducer):
 
         generator = torch.Generator().manual_seed(self.seed * 1000 + tokens.layer)
         drawn = torch.rand(tokens.hidden.shape[1], generator=generator).to(tokens.hidden.device)
-        score = drawn.expand(tokens.hidden.shape[:2]).masked_fill(tokens.protected(), float("inf"))
-        return keep_only(largest(score, count))
+        return keep_only(largest(tokens.ranked(drawn.expand(tokens.hidden.shape[:2])), count))

@@ -51,11 +51,9 @@ class ToMe(EncoderReducer):
         return fit(plan, self.keep, shape, between=True, largest=shape.tokens)
 
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
-        from tokenwise.policies.matching import bipartite_edges, largest, merge_into_partners
+        from tokenwise.policies.matching import bipartite_edges, merge_best_edges
         from tokenwise.reduction.merge import Merge
 
         available = tokens.hidden.shape[1]
         similarity, partner = bipartite_edges(tokens.keys(), tokens.protected())
-        even = largest(similarity, available - count)
-        kept, target = merge_into_partners(even * 2, partner.gather(1, even), available)
-        return Merge(kept, target)
+        return Merge(*merge_best_edges(similarity, partner, available, available - count, tokens.padding))
