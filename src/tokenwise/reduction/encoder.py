@@ -232,6 +232,11 @@ class EncoderReduction(Handle):
             )
         self._calls.clear()
         size = torch.ones(batch, tokens, device=hidden.device)
+        for name, value in self._given.items():
+            if value.shape[:2] != (batch, tokens):
+                raise InputError(
+                    Problem(name, f"has the shape {tuple(value.shape)}, but there are {batch} rows of {tokens} tokens.")
+                )
         memory = {name: value.to(hidden.device) for name, value in self._given.items()}
         self.last = Pass(self.plan(tokens), size, positions, positions, padding, padding, memory)
 
