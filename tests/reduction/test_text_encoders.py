@@ -185,6 +185,41 @@ def test_budgets_that_leave_none_are_refused_at_once():
             tw.reduce(text("bert"), tw.ToMe(keep=keep))
 
 
+def test_two_methods_at_once_are_refused():
+    model, inputs = text("bert"), batch()
+    with tw.reduce(model, tw.ToMe(keep=0.5)):
+        with pytest.raises(InputError, match="being reduced already"):
+            tw.reduce(model, tw.RandomDrop())
+        run(model, inputs)
+    with tw.reduce(model, tw.RandomDrop(keep=0.5)) as handle:
+        run(model, inputs)
+    assert handle.stats["tokens_after"] < 24
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, inputs = text("bert").to(dtype), batch()
+    for method in METHODS.values():
+        with tw.reduce(model, method(0.5)) as handle:
+            found = run(model, inputs)
+        assert found.dtype == dtype
+        assert torch.isfinite(found[real(handle.last)]).all()
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_classifiers_of_every_kind(kind):
+    model, inputs = text(kind, task=transformers.AutoModelForSequenceClassification), batch()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with tw.reduce(model, tw.ToMe(keep=0.6)) as handle:
+            fast = model(**inputs).logits
+        with tw.reduce(model, tw.ToMe(keep=0.6), masked=True):
+            slow = model(**inputs).logits
+    assert handle.stats["macs_share"] < 0.7
+    assert torch.allclose(fast, slow, atol=1e-6)
+    assert not torch.allclose(fast, dense, atol=1e-4)
+
+
 def test_positions_counted_from_the_tokens_are_refused():
     small = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     for config in (

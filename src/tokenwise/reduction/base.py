@@ -110,18 +110,19 @@ class EncoderReducer(TokenReducer):
     proportional: ClassVar[bool] = False
     """Whether attention counts a merged token as often as the tokens it stands for."""
     sees_every_block: ClassVar[bool] = False
-    """Whether `decide` is asked at every block, also where the plan takes nothing out."""
+    """Whether `decide` is asked at every block, unless the plan takes nothing out of any."""
     inputs: ClassVar[tuple[str, ...]] = ()
     """What the model's call brings for the method, by name, each [batch, tokens, ...]; it arrives in `memory`."""
 
     @abstractmethod
     def counts(self, shape: Shape) -> list[int]:
-        """Tokens after each block, protected ones included; never rising."""
+        """Tokens after each block, protected ones included; never rising. Of a method that `sees_every_block` and
+        decides by the input: the fewest there may be."""
 
     def decide(self, tokens: LayerTokens, counts: list[int]) -> int:
         """Tokens that stay after this block, when the method `sees_every_block`.
 
-        The place to note something in ``tokens.memory``, and to take out more or fewer than the plan `counts` says.
+        The place to note something in ``tokens.memory``, and to keep more than the plan `counts` says.
         """
         return counts[tokens.layer]
 

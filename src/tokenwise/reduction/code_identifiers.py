@@ -75,7 +75,7 @@ class CodeIdentifiers(EncoderReducer):
         return keep
 
     def counts(self, shape: Shape) -> list[int]:
-        return [shape.tokens] * shape.layers
+        return [min(shape.prefix + 1, shape.tokens)] * shape.layers
 
     def decide(self, tokens: LayerTokens, counts: list[int]) -> int:
         import torch

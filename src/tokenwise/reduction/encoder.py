@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.policies.plans import Shape
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 from tokenwise.reduction.merge import Merge, Mixture
+
+
+_REDUCED: WeakSet[nn.Module] = WeakSet()
+"""The encoders that are being reduced."""
 
 
 @dataclass
@@ -44,6 +49,11 @@ class Pass:
     filled: bool = False
     reduced: bool = False
     layers: list[int] = field(default_factory=list)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the plan takes any token out."""
+        return self.counts[-1] < self.group.shape[1]
 
     def follow(self, change: Merge | Mixture) -> None:
         """Let the bookkeeping follow a change of the tokens."""
@@ -99,6 +109,8 @@ class EncoderReduction(Handle):
         self._given: dict[str, Tensor] = {}
         self._collects_hidden = False
         check_encoder(encoder, method, masked, model)
+        _REDUCED.add(encoder.module)
+        self.on_undo(lambda: _REDUCED.discard(encoder.module))
         hook = model.register_forward_pre_hook(self._called, with_kwargs=True)
         self.on_undo(hook.remove)
         for index, block in enumerate(encoder.blocks):
@@ -243,8 +255,7 @@ class EncoderReduction(Handle):
     def _check_pass(self, block: nn.Module) -> None:
         """Refuse what the pass asks for and a reduction cannot give, before the first block runs."""
         assert self.last is not None
-        tokens = self.last.group.shape[1]
-        if all(count == tokens for count in self.last.counts) and not self.method.sees_every_block:
+        if not self.last.reduces:
             return
         if self._collects_hidden and not self.masked:
             raise InputError(
@@ -290,7 +301,7 @@ class EncoderReduction(Handle):
         tokens = self.last
         assert tokens is not None
         count, available = tokens.counts[index], tokens.positions.shape[1]
-        if count >= available and not self.method.sees_every_block:
+        if not tokens.reduces or (count >= available and not self.method.sees_every_block):
             return None
         whole, call = hidden, self._calls.get(index)
         if self.masked:
@@ -375,6 +386,12 @@ def check_encoder(encoder: Encoder, method: EncoderReducer, masked: bool, model:
         InputError: with every problem.
     """
     name, problems = type(method).__name__, []
+    if encoder.module in _REDUCED:
+        problems.append(
+            Problem(
+                "model", "is being reduced already, and only one method can count its tokens.", "Undo that one first."
+            )
+        )
     if "class_token" in method.reads and not encoder.has_class_token:
         problems.append(
             Problem(

@@ -56,8 +56,8 @@ class FlowCut(EncoderReducer):
         return blocks
 
     def counts(self, shape: Shape) -> list[int]:
-        left, before = kept_count(self.keep, shape.tokens), self.blocks(shape.layers) - 1
-        return [shape.tokens] * before + [left] * (shape.layers - before)
+        self.blocks(shape.layers)
+        return [kept_count(self.keep, shape.tokens)] * shape.layers
 
     def decide(self, tokens: LayerTokens, counts: list[int]) -> int:
         available, left = tokens.hidden.shape[1], counts[-1]
