@@ -94,9 +94,10 @@ def test_filling_up_is_seen_by_nobody(kind, attention):
     assert torch.allclose(both[~tokens.padding], expected[~tokens.padding], atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_gradients_stay_finite_where_rows_are_filled_up():
     model, inputs = text("bert").train(), grouped((12, 12))
-    with tw.reduce(model, tw.reduction.CodeIdentifiers()):
+    with tw.reduce(model, tw.reduction.CodeIdentifiers()), torch.autograd.detect_anomaly(check_nan=True):
         model(**inputs).last_hidden_state[:, 0].square().sum().backward()
     gradient = model.embeddings.word_embeddings.weight.grad
     assert torch.isfinite(gradient).all()

@@ -276,6 +276,7 @@ def test_zero_tprune_drops_the_alike_of_the_less_important_then_the_least_import
     maps = whole_map(tokens)[0]
     state = torch.full((2, 1, 12), 1 / 12).double() @ torch.linalg.matrix_power(maps, 4)
     importance = state.square().mean(0).sqrt()[0]
+    assert torch.allclose(method.importance(tokens)[0], importance, atol=1e-12)
     order = sorted(range(1, 12), key=lambda place: -importance[place])
     upper, lower = order[:6], order[6:]
     metric = torch.nn.functional.normalize(key.mean(1)[0], dim=-1)

@@ -17,7 +17,6 @@ from tokenwise.policies.plans import Shape
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 from tokenwise.reduction.merge import Merge, Mixture
 
-
 _REDUCED: WeakSet[nn.Module] = WeakSet()
 """The encoders that are being reduced."""
 
