@@ -12,6 +12,7 @@ _PUBLIC = {
     "Merge": "merge",
     "Mixture": "merge",
     "TokenReducer": "base",
+    "identifier_groups": "code_identifiers",
     "keep_only": "merge",
     "prune_inputs": "inputs",
     "reduce": "apply",
