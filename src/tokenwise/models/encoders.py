@@ -102,7 +102,7 @@ def _transformers_encoder(owner: Any) -> Encoder | None:
         return None
     kind = config.model_type
     text = known[0].output is not None
-    has_class = text or not kind.startswith(("siglip", "ijepa"))
+    has_class = text or not kind.startswith(("siglip", "ijepa", "idefics", "smolvlm"))
     prefix = (1 if has_class else 0) + getattr(config, "num_register_tokens", 0) + (kind == "deit")
     hidden = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
     gated = bool(getattr(config, "use_swiglu_ffn", False))
@@ -115,6 +115,8 @@ def _transformers_block(layer: Any) -> EncoderBlock | None:
     def has(*names: str) -> bool:
         return all(isinstance(getattr(layer, name, None), nn.Module) for name in names)
 
+    if hasattr(layer, "lambda_2"):  # InternVL: a scale behind the branch, where nothing can be hooked
+        return None
     if has("attention", "layernorm_before", "layernorm_after", "mlp", "dropout"):  # ViT, DeiT
         return EncoderBlock(layer, layer.attention, layer.layernorm_after, (layer.mlp, layer.dropout))
     if has("attention", "norm1", "norm2", "mlp", "layer_scale2", "drop_path"):  # DINOv2
