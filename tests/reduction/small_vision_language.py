@@ -103,7 +103,7 @@ def vision_language(kind, seed=0):
 
 ROWS = {
     "one row without images": [[3, "a", 2, "b", 4], [7]],
-    "several images": [[2, "b", 5], [1, "a", 1, "c", 3]],
+    "several images": [[2, "b", 5], [1, "a", 1, "c", 6]],
 }
 VIDEO_ROWS = [[2, "v", 4], [1, "a", 3, "v", 5]]
 
@@ -150,14 +150,13 @@ def batch_for(kind, model, rows, padding="left", seed=1):
 def _tiled(kind, model, names, images, videos, noise, made):
     counts = {}
     if images:
-        alone = [len(row) == 1 or kind == "llava_next" for row in names for name in row if name != "v"]
+        numbers = [sum(name != "v" for name in row) for row in names]
+        alone = [number == 1 or kind == "llava_next" for number in numbers for _ in range(number)]
         tiles = [{"a": 3, "b": 3, "c": 5}[name] if single else 1 for name, single in zip(images, alone, strict=True)]
         made["pixel_values"] = noise(len(images), max(tiles), 3, 16, 16)
         made["image_sizes"] = torch.tensor([SIZES[name] for name in images])
         if kind == "llava_onevision":
-            numbers = [sum(name != "v" for name in row) for row in names]
             made["batch_num_images"] = torch.tensor([number for number in numbers if number])
-            alone = [number == 1 for number in numbers for _ in range(number)]
         with torch.no_grad():
             features = model.model.get_image_features(**made, return_dict=True).pooler_output
         counts = {name: [] for name in images}

@@ -304,7 +304,7 @@ def vision_language_model(model: nn.Module) -> VisionLanguageModel:
     Raises:
         InputError: when it is not known.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
     if kind not in LAYOUTS:
         known = ", ".join(LAYOUTS)
         raise InputError(

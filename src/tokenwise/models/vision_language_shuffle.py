@@ -85,5 +85,5 @@ class Idefics3(_Shuffled):
         return made
 
     def tiles(self, features: Any) -> list[Tensor]:
-        # The model gives all tiles of a row of the batch as one.
-        return [tile for row in features for tile in row.split(self.inner.image_seq_len)]
+        # The model gives all tiles of a row of the batch as one, and of a row without images none.
+        return [tile for row in features if len(row) for tile in row.split(self.inner.image_seq_len)]
