@@ -23,6 +23,7 @@ from torch.nn import functional
 
 import tokenwise as tw
 from tokenwise.errors import InputError
+from tokenwise.models.encoders import find_encoder
 from tokenwise.models.vision_language import LAYOUTS, Signal, vision_language_model
 from tokenwise.reduction import InputReducer, Merge, keep_only, verify_inputs
 
@@ -345,6 +346,33 @@ def test_columns_of_a_video(kind):
     assert torch.allclose(image.signals[COLUMNS], expected, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_one_call_for_all_images_reads_as_one_for_each(kind):
+    """Flash attention gets all images at once, with the places where each begins."""
+    model = vision_language(kind)
+    inputs = batch_for(kind, model, ROWS["several images"])
+    layout = vision_language_model(model)
+    expected = [image.signals[COLUMNS] for image in layout.encode(inputs, [COLUMNS]).images]
+    calls = []
+
+    def like_flash(module, query, key, value, attention_mask, cu_seq_lens_q, **options):
+        calls.append(1)
+        lengths = cu_seq_lens_q.diff().tolist()
+        parts = zip(*(values.split(lengths, 2) for values in (query, key, value)), strict=True)
+        made = [functional.scaled_dot_product_attention(*part, scale=options["scaling"]) for part in parts]
+        return torch.cat(made, 2).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("like_flash", like_flash)
+    layout.attention_modules()[1].config._attn_implementation_internal = "like_flash"
+    try:
+        found = [image.signals[COLUMNS] for image in layout.encode(inputs, [COLUMNS]).images]
+    finally:
+        transformers.AttentionInterface._global_mapping.pop("like_flash")
+    assert len(calls) == 3
+    assert all(torch.allclose(*pair, atol=1e-7) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_merged_rows_are_means_wherever_they_go(kind):
@@ -458,6 +486,8 @@ def test_bad_input_is_refused_before_any_work():
     refused("batch.mm_token_type_ids: is missing", mm_token_type_ids=None)
     refused("batch.image_grid_thw: is missing", image_grid_thw=None)
     refused("not of the shape", attention_mask=torch.ones(2, 1, 4, 4))
+    packed = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1) % 7
+    refused("begin anew within a row", attention_mask=None, position_ids=packed)
     refused("hides placeholders", attention_mask=torch.zeros_like(inputs["attention_mask"]))
     with pytest.raises(InputError, match="positions in time and space"):
         tw.prune_inputs(model, inputs, HALF, positions="compact")
@@ -481,6 +511,13 @@ def test_verifying_finds_what_is_wrong(monkeypatch):
 
     monkeypatch.setattr(layout, "position_ids", wrong)
     assert verify_inputs(model, inputs, HALF) > 1e-3
+
+
+def test_encoders_of_these_models():
+    encoder = find_encoder(model_of("idefics3"))
+    assert (encoder.prefix, encoder.has_class_token, len(encoder.blocks)) == (0, False, 3)
+    with pytest.raises(InputError, match="no encoder of a known layout"):
+        find_encoder(model_of("internvl").model.vision_tower)
 
 
 def test_every_layout_is_tried():

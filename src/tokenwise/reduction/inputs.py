@@ -63,7 +63,8 @@ def prune_inputs(
             right with labels.
 
     Returns:
-        Inputs for the model's forward or generate: no pixels, the encoded images as ``mm_encoder_outputs``.
+        Inputs for the model's forward, or for one call of its generate (which changes the encoded images where it
+        has several beams, and must have its cache): no pixels, the encoded images as ``mm_encoder_outputs``.
 
     Raises:
         InputError: when the model is not known, or placeholders and image features do not match.
@@ -156,6 +157,15 @@ def check_batch(layout: VisionLanguageModel, batch: Mapping[str, Any]) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape):
         raise InputError(
             Problem("batch.attention_mask", "is not of the shape of input_ids.", "Give one number for each token.")
+        )
+    given = batch.get("position_ids")
+    if mask is None and given is not None and given.dim() == 2 and bool((given.diff(dim=-1) != 1).any()):
+        raise InputError(
+            Problem(
+                "batch.position_ids",
+                "begin anew within a row, as those of packed sequences, which image tokens cannot be taken out of.",
+                "Give each sequence a row, or an attention_mask.",
+            )
         )
     if _length(batch.get("past_key_values")):
         raise InputError(
@@ -344,11 +354,9 @@ class InputReduction(Handle):
                 return output
             if inputs.get("position_ids") is None:
                 refuse_shortened(inputs.get("past_key_values"))
-            elif inputs.get("attention_mask") is None and inputs.get("past_key_values") is None:
-                # Without mask and cache, as in generation that keeps none, gaps of positions would be taken for the
-                # borders of packed sequences.
-                ids = inputs.get("input_ids")
-                inputs["attention_mask"] = None if ids is None else torch.ones_like(ids)
+            elif _lacks_mask(inputs):
+                # As in generation without a cache: gaps of positions would be taken for borders of packed sequences.
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             return forward(**inputs)
 
         @functools.wraps(generate)
@@ -378,6 +386,12 @@ class InputReduction(Handle):
         self.on_undo(layout.keep_state())
         self.on_undo(replace_attribute(model, "forward", reduced_forward))
         self.on_undo(replace_attribute(model, "generate", reduced_generate))
+
+
+def _lacks_mask(inputs: Mapping[str, Any]) -> bool:
+    """Whether encoded images are given without a mask and a cache."""
+    given = [inputs.get(name) is not None for name in ("attention_mask", "past_key_values")]
+    return inputs.get("mm_encoder_outputs") is not None and inputs.get("input_ids") is not None and not any(given)
 
 
 def _shorten(options: dict[str, Any], fewer: int) -> None:
