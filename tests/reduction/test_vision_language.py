@@ -147,16 +147,20 @@ def test_generated_ids_keep_the_whole_prompt(kind, rows):
     model = model_of(kind)
     inputs = batch_for(kind, model, rows)
     length = inputs["input_ids"].shape[1]
+    single = one_row(kind, model, rows, 0)
+    options = {**OPTIONS, "return_dict_in_generate": True, "output_logits": True}
     with tw.reduce(model, HALF):
-        found = model.generate(**inputs, **OPTIONS)
-        without_cache = model.generate(**inputs, **OPTIONS, use_cache=False)
-        single = model.generate(**one_row(kind, model, rows, 0), **OPTIONS)
+        found = model.generate(**inputs, **options)
+        # Without padding, and so without a mask, and without a cache.
+        alone = [model.generate(**single, **options, use_cache=use_cache) for use_cache in (True, False)]
     with tw.reduce(model, HALF, masked=True):
-        hidden = model.generate(**inputs, **OPTIONS)
-    assert torch.equal(found[:, :length], inputs["input_ids"])
-    assert torch.equal(found[0, length:], single[0, -4:])
-    assert torch.equal(found, without_cache)
-    assert torch.equal(found, hidden)
+        hidden = model.generate(**inputs, **options)
+    assert torch.equal(found.sequences[:, :length], inputs["input_ids"])
+    assert torch.equal(found.sequences, hidden.sequences)
+    assert torch.allclose(torch.stack(found.logits), torch.stack(hidden.logits), atol=1e-5)
+    for run in alone:
+        assert torch.equal(found.sequences[0, length:], run.sequences[0, -4:])
+        assert torch.allclose(torch.stack(found.logits)[:, :1], torch.stack(run.logits), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,13 +170,15 @@ def test_beams_get_the_images_of_their_row(kind):
     inputs = batch_for(kind, model, rows)
     length = inputs["input_ids"].shape[1]
     beams = {**OPTIONS, "num_beams": 2, "num_return_sequences": 2}
+    beams |= {"return_dict_in_generate": True, "output_scores": True}
     for method in (HALF, Uneven()):
         with tw.reduce(model, method) as handle:
             found = model.generate(**inputs, **beams)
             counts = {len(kept) for kept in handle.kept}
             single = model.generate(**one_row(kind, model, rows, 1), **beams)
-        assert torch.equal(found[:, :length], inputs["input_ids"].repeat_interleave(2, 0))
-        assert torch.equal(found[2:, length:], single[:, -4:])
+        assert torch.equal(found.sequences[:, :length], inputs["input_ids"].repeat_interleave(2, 0))
+        assert torch.equal(found.sequences[2:, length:], single.sequences[:, -4:])
+        assert torch.allclose(found.sequences_scores[2:], single.sequences_scores, atol=1e-6)
         assert len(counts) > 1 or method is HALF
 
 
