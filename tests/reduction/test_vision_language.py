@@ -320,6 +320,20 @@ def test_a_resized_grid_has_resized_scores():
     assert tiles[[0, 0, 4, 4], [0, 4, 0, 4]].tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("kind", "rows"), CASES)
+@torch.no_grad()
+def test_every_signal_has_a_row_for_every_feature(kind, rows):
+    model = model_of(kind)
+    wanted = {Signal("keys", 1): (8,), Signal("keys", 1, "one"): (32,), Signal("columns", -1, "sum"): ()}
+    images = vision_language_model(model).encode(batch_for(kind, model, rows), wanted).images
+    assert images
+    for image in images:
+        for signal, shape in wanted.items():
+            values = image.signals[signal]
+            assert values.shape == (len(image.features), *shape)
+            assert torch.equal(values.isfinite().view(len(values), -1).all(1), image.patch)
+
+
 @torch.no_grad()
 def test_tiles_and_grids():
     for kind in ("llava_next", "llava_onevision"):
