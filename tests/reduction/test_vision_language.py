@@ -342,7 +342,7 @@ def test_tiles_and_grids():
         [image] = vision_language_model(model).encode(inputs).images
         row = [1] * 4 + [2] * 4 + [-1]
         assert image.tile.tolist() == [0] * 16 + row + row
-        assert image.grid is None
+        assert (image.grid, image.tile_grid) == (None, (1, 2))
     model = model_of("qwen2_vl")
     picture, film = vision_language_model(model).encode(batch_for("qwen2_vl", model, [[1, "a", 2, "v", 1]])).images
     assert (picture.grid, picture.tile, picture.modality) == ((2, 3), None, "image")

@@ -48,6 +48,7 @@ class EncodedImage:
         grid: (rows, columns) of patches where they are one grid; else None.
         tile: the tile, or frame, of each row, [tokens], int64, -1 where a row is no patch; None for images of one
             tile.
+        tile_grid: (rows, columns) of the tiles 1, 2, ... that make up the image beside its overview, tile 0; else None.
         modality: ``image`` or ``video``.
         deeper: what deeper layers of the language model get beside `features`, each [tokens, channels].
     """
@@ -57,6 +58,7 @@ class EncodedImage:
     patch: Tensor
     grid: tuple[int, int] | None = None
     tile: Tensor | None = None
+    tile_grid: tuple[int, int] | None = None
     modality: Modality = "image"
     deeper: tuple[Tensor, ...] = ()
 

@@ -93,8 +93,8 @@ class Qwen2VL(VisionLanguageModel):
                     torch.ones(count, dtype=torch.bool, device=features.device),
                     (rows, columns) if times == 1 else None,
                     frames if times > 1 else None,
-                    modality,
-                    tuple(layer[index] for layer in deeper),
+                    modality=modality,
+                    deeper=tuple(layer[index] for layer in deeper),
                 )
             )
             start += count

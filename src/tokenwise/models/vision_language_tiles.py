@@ -75,9 +75,19 @@ class LlavaNext(VisionLanguageModel):
                     patch,
                     square(packing.patches) if single else None,
                     None if single else shares[index].argmax(1).where(patch, -1),
+                    None if single else self._tile_grid(batch["image_sizes"][index]),
                 )
             )
         return made
+
+    def _tile_grid(self, size: Any) -> tuple[int, int]:
+        """(rows, columns) of the tiles of an image of `size` (height, width)."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        rows, columns = get_anyres_image_grid_shape(
+            size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        )
+        return int(rows), int(columns)
 
     def _arranged(self, values: Tensor, packing: Packing) -> list[Tensor]:
         """A signal of all tiles, [tiles, patches] or [tiles, patches, channels], beside the features of each image."""
@@ -114,7 +124,7 @@ class LlavaOnevision(LlavaNext):
                     torch.arange(count + 1, device=features.device) < count,
                     square(count) if frames == 1 else None,
                     functional.pad(frame, (0, 1), value=-1),
-                    "video",
+                    modality="video",
                 )
             )
         return made
