@@ -16,6 +16,7 @@ _PUBLIC = {
     "keep_only": "merge",
     "prune_inputs": "inputs",
     "reduce": "apply",
+    "verify_inputs": "inputs",
 }
 
 
