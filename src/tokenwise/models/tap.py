@@ -275,7 +275,7 @@ class _Intercept(TorchFunctionMode):
         self.listening.tell(call)
         if call.key_bias is not None:
             options["attn_mask"], options["is_causal"] = call.biased_mask(), False
-        return function(*given.args, **given.kwargs)
+        return function(**options)
 
 
 def _sdpa_signature(
@@ -295,31 +295,24 @@ _SDPA = inspect.signature(_sdpa_signature)
 
 def _listen_to_sdpa(module: Any, listening: _Listening) -> Callable[[], None]:
     """What calls PyTorch's fused attention by itself, as timm does, is caught at that call."""
-    active: list[_Intercept] = []
+    not_fused = InputError(
+        Problem(
+            "model",
+            f"{type(module).__name__} does not call PyTorch's fused attention.",
+            "For timm, call timm.layers.set_fused_attn(True) before the model is made.",
+        )
+    )
+    if not getattr(module, "fused_attn", True):
+        raise not_fused
+    plain = module.forward
 
-    def before(*_: Any) -> None:
-        active.append(_Intercept(module, listening))
-        active[-1].__enter__()
+    def tapped(*args: Any, **options: Any) -> Any:
+        if not listening.listeners:
+            return plain(*args, **options)
+        with _Intercept(module, listening) as mode:
+            output = plain(*args, **options)
+        if not mode.called:
+            raise not_fused
+        return output
 
-    def after(*_: Any) -> None:
-        mode = active.pop()
-        mode.__exit__(None, None, None)
-        if not mode.called and sys.exc_info()[0] is None:
-            raise InputError(
-                Problem(
-                    "model",
-                    f"{type(module).__name__} does not call PyTorch's fused attention.",
-                    "For timm, call timm.layers.set_fused_attn(True) before the model is made.",
-                )
-            )
-
-    handles = [
-        module.register_forward_pre_hook(before, prepend=True),
-        module.register_forward_hook(after, always_call=True),
-    ]
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo
+    return replace_attribute(module, "forward", tapped)

@@ -53,6 +53,40 @@ def merge_into_partners(even: Tensor, partner: Tensor, tokens: int) -> tuple[Ten
     return kept, place.scatter(1, even, place.gather(1, partner))
 
 
+def merge_evens(similarity: Tensor, partner: Tensor, tokens: int, merged: int, prefix: int) -> tuple[Tensor, ...]:
+    """The even tokens most similar to their partners go into them.
+
+    The order of the output is ToMe's, on which the next matching depends: the even tokens that stay, then the odd ones;
+    the prefix before them all.
+
+    Args:
+        similarity, partner: of the even tokens, as `bipartite_edges` gives them.
+        tokens: how many tokens there are.
+        merged: how many go.
+        prefix: how many at the beginning stand first in the output too; none of them goes.
+
+    Returns:
+        kept: the tokens that stay, [batch, tokens - merged].
+        target: the place among them that each token goes to, [batch, tokens].
+        gone: the tokens that go into others, [batch, merged].
+    """
+    batch, device = similarity.shape[0], similarity.device
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    gone = order[:, :merged] * 2
+    stay = order[:, merged:].sort(dim=1).values * 2
+    odd = torch.arange(1, tokens, 2, device=device)
+    if prefix > 1:
+        first, evens, odds = torch.arange(prefix, device=device), (prefix + 1) // 2, prefix // 2
+        parts = [first.expand(batch, -1), stay[:, evens:], odd[odds:].expand(batch, -1)]
+    else:
+        parts = [stay, odd.expand(batch, -1)]
+    kept = torch.cat(parts, 1)
+    places = torch.arange(kept.shape[1], device=device).expand(batch, -1)
+    target = kept.new_empty(batch, tokens).scatter_(1, kept, places)
+    into = target.gather(1, partner.gather(1, order[:, :merged]))
+    return kept, target.scatter_(1, gone, into), gone
+
+
 def largest(scores: Tensor, count: int) -> Tensor:
     """The indices of the `count` largest scores of each row, [batch, count], in rising order of index.
 

@@ -86,8 +86,12 @@ class EncoderReduction(Handle):
                     "Use a method that reads the mean over all queries, such as hi_prune, or none, such as tome.",
                 )
             )
-        for index, block in enumerate(encoder.blocks):
-            self._attach(index, block)
+        try:
+            for index, block in enumerate(encoder.blocks):
+                self._attach(index, block)
+        except BaseException:
+            self.undo()
+            raise
 
     def plan(self, tokens: int) -> list[int]:
         """Tokens after each block when `tokens` come in."""
@@ -123,9 +127,11 @@ class EncoderReduction(Handle):
             if index == 0:
                 self._begin(hidden, _mask_of(args, options))
             assert self.last is not None
-            if not self.last.reduced or self.masked:
+            if not self.last.reduced:
                 return None
-            return _with_mask(args, options, self.last)
+            if options.get("rope") is not None:
+                options = {**options, "rope": self._rope(options["rope"], self.last)}
+            return (args, options) if self.masked else _with_mask(args, options, self.last)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             assert self.last is not None
@@ -173,7 +179,8 @@ class EncoderReduction(Handle):
                 hook(block.norm.register_forward_pre_hook(between))
                 for module in dict.fromkeys(block.branch):
                     hook(module.register_forward_hook(in_branch))
-        self.on_undo(listen(block.attention, lambda call: self._listen(index, call)))
+        if self.masked or "attention" in self.method.reads or (self.method.proportional and self.method.merges):
+            self.on_undo(listen(block.attention, lambda call: self._listen(index, call)))
 
     def _begin(self, hidden: Tensor, mask: Tensor | None) -> None:
         batch, tokens = hidden.shape[:2]
@@ -199,6 +206,21 @@ class EncoderReduction(Handle):
             call.add_key_bias(self._masked_bias(tokens))
         elif self.method.proportional and self.method.merges:
             call.add_key_bias(tokens.size.log())
+
+    def _rope(self, rope: Tensor, tokens: Pass) -> Tensor:
+        """The rotary embedding of the places at which the tokens stand: a merged token stands where the one that
+        took the others in stood.
+
+        Args:
+            rope: what timm gives its blocks, [tokens but the prefix, channels], with heads or batch and heads in front.
+        """
+        places = tokens.positions
+        if self.masked:
+            own = torch.arange(tokens.group.shape[1], device=places.device)
+            places = torch.where(tokens.group < 0, own, places.gather(1, tokens.group.clamp_min(0)))
+        places = places[:, self.encoder.prefix :] - self.encoder.prefix
+        rope = rope[(None,) * (4 - rope.dim())].expand(places.shape[0], -1, -1, -1)
+        return rope.gather(2, places[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
 
     def _masked_bias(self, tokens: Pass) -> Tensor:
         """What every place of the beginning adds to its scores: all members of a group together weigh what it does."""
@@ -297,7 +319,7 @@ def _with_mask(args: tuple[Any, ...], options: dict[str, Any], tokens: Pass) -> 
         return args, {**options, name: _take_keys(options[name], tokens.positions)}
     if len(args) > 1 and args[1] is not None:
         return (args[0], _take_keys(args[1], tokens.positions), *args[2:]), options
-    return None
+    return args, options
 
 
 def _take_keys(mask: Tensor, positions: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class Merge:
         weights: of each input token in the sum it goes to, [batch, tokens]; its size unless given.
         average: whether each sum is divided by the sum of its weights.
         sizes: what each token adds to the size of the output token, [batch, tokens]; its size unless given.
+        joining: the tokens that go into one that stays, [batch, joining], where they are as many in each image and all
+            others stay: makes a merge of few tokens cheap.
     """
 
     kept: Tensor
@@ -26,6 +28,7 @@ class Merge:
     weights: Tensor | None = None
     average: bool = True
     sizes: Tensor | None = None
+    joining: Tensor | None = None
 
     def apply(self, values: Tensor, size: Tensor) -> Tensor:
         """The output tokens' values.
@@ -41,6 +44,8 @@ class Merge:
             return values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
         dtype = torch.promote_types(values.dtype, torch.float32)
         weights = (size if self.weights is None else self.weights).to(dtype)
+        if self.joining is not None and self.average:
+            return self._joined(values, weights)
         # A token that nothing joins is passed on as it is, whatever the arithmetic of the others.
         total = self._sum(weights.unsqueeze(2) * values.to(dtype))
         if self.average:
@@ -49,6 +54,20 @@ class Merge:
         own = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
         unchanged = alone if self.average else alone & (weights.gather(1, self.kept) == 1).unsqueeze(2)
         return torch.where(unchanged, own, total.to(values.dtype))
+
+    def _joined(self, values: Tensor, weights: Tensor) -> Tensor:
+        """The means where few tokens join others: only these are added up."""
+        assert self.target is not None and self.joining is not None
+        into, joining = self.target.gather(1, self.joining), weights.gather(1, self.joining)
+        own = weights.gather(1, self.kept)
+        whole = own.scatter_add(1, into, joining)
+        # Exactly 1 where nothing joins: such a token is passed on as it is.
+        share = torch.where(whole == own, 1, own / whole).unsqueeze(2)
+        channels = values.shape[2]
+        output = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, channels)).to(weights.dtype) * share
+        added = values.gather(1, self.joining.unsqueeze(2).expand(-1, -1, channels)).to(weights.dtype)
+        added = added * (joining / whole.gather(1, into)).unsqueeze(2)
+        return output.scatter_add_(1, into.unsqueeze(2).expand(-1, -1, channels), added).to(values.dtype)
 
     def new_size(self, size: Tensor) -> Tensor:
         """The size of each output token, [batch, kept], from the input's [batch, tokens]."""

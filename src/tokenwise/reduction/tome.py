@@ -23,7 +23,7 @@ class ToMe(EncoderReducer):
         id="reduction/tome",
         paper=Paper(title="Token Merging: Your ViT But Faster", arxiv="2210.09461", venue="ICLR 2023"),
         status="VERIFIED",
-        checked="a short fp64 reference of the paper's algorithm, and its counts of tokens per block",
+        checked="facebookresearch/ToMe at af95e4b on timm's VisionTransformer: outputs, groups and counts per block",
         control="reduction/random_drop",
     )
     merges: ClassVar[bool] = True
@@ -51,11 +51,10 @@ class ToMe(EncoderReducer):
         return fit(plan, self.keep, shape, between=True, largest=shape.tokens)
 
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
-        from tokenwise.policies.matching import bipartite_edges, largest, merge_into_partners
+        from tokenwise.policies.matching import bipartite_edges, merge_evens
         from tokenwise.reduction.merge import Merge
 
         available = tokens.hidden.shape[1]
         similarity, partner = bipartite_edges(tokens.keys(), tokens.protected())
-        even = largest(similarity, available - count)
-        kept, target = merge_into_partners(even * 2, partner.gather(1, even), available)
-        return Merge(kept, target)
+        kept, target, gone = merge_evens(similarity, partner, available, available - count, tokens.prefix)
+        return Merge(kept, target, joining=gone)
