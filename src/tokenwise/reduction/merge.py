@@ -57,7 +57,8 @@ class Merge:
 
     def _joined(self, values: Tensor, weights: Tensor) -> Tensor:
         """The means where few tokens join others: only these are added up."""
-        assert self.target is not None and self.joining is not None
+        assert self.target is not None
+        assert self.joining is not None
         into, joining = self.target.gather(1, self.joining), weights.gather(1, self.joining)
         own = weights.gather(1, self.kept)
         whole = own.scatter_add(1, into, joining)
