@@ -86,14 +86,16 @@ class AttentionCall:
         return attention_columns(self.query, self.key, self._bias, self.scaling, self.softcap, valid)
 
     def _bias(self, positions: Tensor) -> Tensor | None:
-        """What is added to the scores of the queries at `positions` ([batch, rows]), or None."""
+        """What is added to the scores of the queries at `positions` ([batch or 1, rows]), or None."""
         bias = self.key_bias
         if self.mask is not None:
-            mask = _additive(self.mask, self.query.dtype)
-            if mask.shape[2] > 1:
-                batch = mask.expand(positions.shape[0], *mask.shape[1:])
-                index = positions[:, None, :, None].expand(-1, batch.shape[1], -1, batch.shape[3])
-                mask = batch.gather(2, index)
+            mask = self.mask
+            if mask.shape[2] > 1 and positions.shape[0] == 1:
+                mask = mask[:, :, positions[0]]
+            elif mask.shape[2] > 1:
+                index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+                mask = mask.expand(positions.shape[0], -1, -1, -1).gather(2, index)
+            mask = _additive(mask, self.query.dtype)
             bias = mask if bias is None else mask + bias
         elif self.causal or self.window is not None:
             keys = torch.arange(self.key.shape[2], device=positions.device)
@@ -113,8 +115,7 @@ class AttentionCall:
         if self.mask is None:
             if not self.causal and self.window is None:
                 return bias
-            queries = torch.arange(self.query.shape[2], device=bias.device).expand(bias.shape[0], -1)
-            whole = self._bias(queries)
+            whole = self._bias(torch.arange(self.query.shape[2], device=bias.device).unsqueeze(0))
             assert whole is not None
             return whole.to(self.query.dtype)
         return _additive(self.mask, self.query.dtype) + bias

@@ -60,15 +60,13 @@ class Merge:
         assert self.target is not None
         assert self.joining is not None
         into, joining = self.target.gather(1, self.joining), weights.gather(1, self.joining)
-        own = weights.gather(1, self.kept)
-        whole = own.scatter_add(1, into, joining)
-        # Exactly 1 where nothing joins: such a token is passed on as it is.
-        share = torch.where(whole == own, 1, own / whole).unsqueeze(2)
-        channels = values.shape[2]
-        output = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, channels)).to(weights.dtype) * share
-        added = values.gather(1, self.joining.unsqueeze(2).expand(-1, -1, channels)).to(weights.dtype)
+        whole = weights.gather(1, self.kept).scatter_add(1, into, joining)
+        output = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2])).to(weights.dtype)
+        index = into.unsqueeze(2).expand(-1, -1, values.shape[2])
+        # A mean moves towards what joins it by its share of the sum: a token that nothing joins is not touched.
+        added = values.gather(1, self.joining.unsqueeze(2).expand_as(index)).to(weights.dtype) - output.gather(1, index)
         added = added * (joining / whole.gather(1, into)).unsqueeze(2)
-        return output.scatter_add_(1, into.unsqueeze(2).expand(-1, -1, channels), added).to(values.dtype)
+        return output.scatter_add_(1, index, added).to(values.dtype)
 
     def new_size(self, size: Tensor) -> Tensor:
         """The size of each output token, [batch, kept], from the input's [batch, tokens]."""
