@@ -68,7 +68,9 @@ def encoder(rounds: int, batch: int, rates: list[int], tome: Path | None) -> Non
     seconds = interleaved(contestants, rounds)
     print(table(seconds, ["dense"]))
     for r in rates if tome is not None else []:
-        print(f"r={r}: throughput {ratio(seconds, f'official ToMe r={r}', f'tokenwise ToMe r={r}'):.2f} of the official")
+        print(
+            f"r={r}: throughput {ratio(seconds, f'official ToMe r={r}', f'tokenwise ToMe r={r}'):.2f} of the official"
+        )
 
 
 @torch.no_grad()
@@ -154,7 +156,10 @@ def scoring(rounds: int, batch: int) -> None:
 
     seconds = interleaved({"dense": lambda: model(images), "evit": reduced}, rounds)
     shares = sorted(score / dense for score, dense in zip(spent[-rounds:], seconds["dense"], strict=True))
-    print(f"EViT at 577 tokens, batch {batch}: scores and selection {100 * shares[len(shares) // 2]:.2f}% of dense,", end=" ")
+    print(
+        f"EViT at 577 tokens, batch {batch}: scores and selection {100 * shares[len(shares) // 2]:.2f}% of dense,",
+        end=" ",
+    )
     print(f"the whole pass {ratio(seconds, 'evit', 'dense'):.2f} of dense")
 
 

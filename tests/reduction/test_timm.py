@@ -5,6 +5,7 @@ import torch
 from small_models import pictures
 from timm_models import VARIANTS, timm_model
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenwise as tw
 from tokenwise.errors import InputError
@@ -163,3 +164,22 @@ def test_key_biases_reach_a_fused_call_with_a_causal_mask():
     expected = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf")).softmax(-1)
     assert torch.allclose(seen[0], expected, atol=1e-6)
     assert torch.allclose(output, expected @ values[2], atol=1e-6)
+
+
+def test_no_map_of_all_tokens_is_made():
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for tensor in output if isinstance(output, tuple | list) else [output]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return output
+
+    model = timm_model(img_size=256, depth=2, num_heads=2, embed_dim=16)
+    images = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), tw.reduce(model, tw.EViT(rate=0.5, places=(0.0,))) as handle, Largest() as seen:
+        model(images)
+    assert handle.stats["tokens_before"] == 4097
+    assert 100_000 < seen.elements < 4097 * 256

@@ -27,10 +27,11 @@ def bipartite_edges(metric: Tensor, excluded: Tensor | None = None) -> tuple[Ten
     """
     metric = normalized(metric)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    if excluded is not None:
-        scores = scores.masked_fill(excluded[:, ::2, None] | excluded[:, None, 1::2], float("-inf"))
-    similarity, index = scores.max(dim=2)
-    return similarity, index * 2 + 1
+    if excluded is None:
+        similarity, index = scores.max(dim=2)
+        return similarity, index * 2 + 1
+    similarity, index = scores.masked_fill(excluded[:, None, 1::2], float("-inf")).max(dim=2)
+    return similarity.masked_fill(excluded[:, ::2], float("-inf")), index * 2 + 1
 
 
 def merge_into_partners(even: Tensor, partner: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from tokenwise.models.encoders import Encoder, EncoderBlock
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.policies.plans import Shape
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
-from tokenwise.reduction.merge import Merge, Mixture
+from tokenwise.reduction.merge import Merge, Mixture, take
 
 
 @dataclass
@@ -238,7 +238,7 @@ class EncoderReduction(Handle):
             return None
         whole, call = hidden, self._calls.get(index)
         if self.masked:
-            hidden = _take(hidden, tokens.positions)
+            hidden = take(hidden, tokens.positions)
             call = None if call is None else _compact_call(call, tokens, self.method)
         layer = LayerTokens(
             hidden,
@@ -257,7 +257,7 @@ class EncoderReduction(Handle):
         tokens.follow(change)
         if not self.masked:
             return reduced
-        members = reduced.gather(1, tokens.group.clamp_min(0).unsqueeze(2).expand(-1, -1, reduced.shape[2]))
+        members = take(reduced, tokens.group.clamp_min(0))
         return torch.where((tokens.group < 0).unsqueeze(2), whole, members)
 
     def _finish(self) -> None:
@@ -275,10 +275,6 @@ class EncoderReduction(Handle):
             mean_share=sum(processed) / sum(dense),
             macs_share=shape.macs(entered, processed) / shape.macs(dense, dense),
         )
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index.unsqueeze(2).expand(-1, -1, values.shape[2]))
 
 
 def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> AttentionCall:
