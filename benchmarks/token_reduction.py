@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from torch.nn import functional
 
 import tokenwise as tw
 from tokenwise.models.tap import AttentionCall
+
+Clock = Callable[[], float]
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "reduction"))
 
@@ -49,7 +53,7 @@ def official(path: Path):
 
 
 @torch.no_grad()
-def encoder(rounds: int, batch: int, rates: list[int], tome: Path | None) -> None:
+def encoder(rounds: int, batch: int, rates: list[int], tome: Path | None, clock: Clock) -> None:
     """Forward passes of ViT-S."""
     images = torch.randn(batch, 3, 224, 224)
     plain = vision_transformer()
@@ -65,7 +69,7 @@ def encoder(rounds: int, batch: int, rates: list[int], tome: Path | None) -> Non
             contestants[f"official ToMe r={r}"] = lambda theirs=theirs: theirs(images)
             difference = (ours(images) - theirs(images)).abs().max()
             print(f"r={r}: largest difference of the logits {difference:.1e}")
-    seconds = interleaved(contestants, rounds)
+    seconds = interleaved(contestants, rounds, clock)
     print(table(seconds, ["dense"]))
     for r in rates if tome is not None else []:
         print(
@@ -76,7 +80,7 @@ def encoder(rounds: int, batch: int, rates: list[int], tome: Path | None) -> Non
 @torch.no_grad()
 def unreduced(tome: Path) -> None:
     """How far the official patch at r=0 is from the dense model, where it knows the model's parts and where not."""
-    images = torch.randn(2, 3, 224, 224)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     for name, options in {
         "plain": {},
         "LayerScale": {"init_values": 0.1},
@@ -95,7 +99,7 @@ def unreduced(tome: Path) -> None:
 
 
 @torch.no_grad()
-def tap(rounds: int, repeats: int) -> None:
+def tap(rounds: int, repeats: int, clock: Clock) -> None:
     """Rows and column means beside one call of PyTorch's attention."""
     print("| batch x heads x tokens x channels | SDPA ms | one row / SDPA | 8 rows / SDPA | column means / SDPA |")
     print("|---|---|---|---|---|")
@@ -120,6 +124,7 @@ def tap(rounds: int, repeats: int) -> None:
                 "columns": repeated(call.columns),
             },
             rounds,
+            clock,
         )
         ratios = " | ".join(f"{ratio(seconds, name, 'sdpa'):.2f}" for name in ("row", "rows", "columns"))
         milliseconds = sorted(seconds["sdpa"])[rounds // 2] / times * 1e3
@@ -127,10 +132,8 @@ def tap(rounds: int, repeats: int) -> None:
 
 
 @torch.no_grad()
-def scoring(rounds: int, batch: int) -> None:
+def scoring(rounds: int, batch: int, clock: Clock) -> None:
     """What EViT's scores and selections cost at 577 tokens, beside the whole dense encoder."""
-    import time
-
     from tokenwise.reduction.encoder import EncoderReduction
 
     model, images = vision_transformer(384), torch.randn(batch, 3, 384, 384)
@@ -139,9 +142,9 @@ def scoring(rounds: int, batch: int) -> None:
     reduce = type(method).reduce
 
     def timed(self, tokens, count):
-        start = time.perf_counter()
+        start = clock()
         change = reduce(self, tokens, count)
-        spent[-1] += time.perf_counter() - start
+        spent[-1] += clock() - start
         return change
 
     def reduced() -> None:
@@ -154,7 +157,7 @@ def scoring(rounds: int, batch: int) -> None:
         finally:
             type(method).reduce = reduce
 
-    seconds = interleaved({"dense": lambda: model(images), "evit": reduced}, rounds)
+    seconds = interleaved({"dense": lambda: model(images), "evit": reduced}, rounds, clock)
     shares = sorted(score / dense for score, dense in zip(spent[-rounds:], seconds["dense"], strict=True))
     print(
         f"EViT at 577 tokens, batch {batch}: scores and selection {100 * shares[len(shares) // 2]:.2f}% of dense,",
@@ -173,15 +176,17 @@ def main() -> None:
     parser.add_argument("--rates", type=int, nargs="+", default=[8, 13, 16])
     parser.add_argument("--repeats", type=int, default=20, help="calls of the tap in a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processor-time", action="store_true", help="for a machine with other work; with --threads 1")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.processor_time else time.perf_counter
     if options.encoder:
         if options.tome is not None:
             unreduced(options.tome)
-        encoder(options.rounds, options.batch, options.rates, options.tome)
+        encoder(options.rounds, options.batch, options.rates, options.tome, clock)
     if options.tap:
-        tap(options.rounds, options.repeats)
-        scoring(options.rounds, max(options.batch // 4, 1))
+        tap(options.rounds, options.repeats, clock)
+        scoring(options.rounds, max(options.batch // 4, 1), clock)
 
 
 if __name__ == "__main__":
