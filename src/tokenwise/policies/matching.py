@@ -30,7 +30,7 @@ def bipartite_edges(metric: Tensor, excluded: Tensor | None = None) -> tuple[Ten
     if excluded is None:
         similarity, index = scores.max(dim=2)
         return similarity, index * 2 + 1
-    similarity, index = scores.masked_fill(excluded[:, None, 1::2], float("-inf")).max(dim=2)
+    similarity, index = scores.masked_fill_(excluded[:, None, 1::2], float("-inf")).max(dim=2)
     return similarity.masked_fill(excluded[:, ::2], float("-inf")), index * 2 + 1
 
 
