@@ -12,8 +12,10 @@ _PUBLIC = {
     "Merge": "merge",
     "Mixture": "merge",
     "TokenReducer": "base",
+    "compression_aware_attack": "robustness",
     "keep_only": "merge",
     "prune_inputs": "inputs",
+    "rank_stability": "robustness",
     "reduce": "apply",
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.vision_language import VisionLanguageModel, vision_language_model
+from tokenwise.models.vision_language import EncodedImage, VisionLanguageModel, vision_language_model
 from tokenwise.reduction.base import InputReducer
 from tokenwise.signals.head import IGNORED
 
@@ -31,12 +31,14 @@ class Pruned:
         kept: rows of each image that stayed, in the order of the images.
         before: image tokens of the whole batch before.
         after: image tokens of the whole batch after.
+        images: what the method saw.
     """
 
     batch: dict[str, Any]
     kept: list[Tensor]
     before: int
     after: int
+    images: list[EncodedImage]
 
 
 def prune_inputs(
@@ -119,7 +121,7 @@ def prune(
     made = {name: value for name, value in inputs.items() if name not in encoded.used}
     made |= _compacted(layout, inputs, stays, positions, padding)
     made["mm_encoder_outputs"] = layout.replace(encoded, features, kept)
-    return Pruned(made, kept, before, after)
+    return Pruned(made, kept, before, after, encoded.images)
 
 
 def check_layout(layout: VisionLanguageModel, method: InputReducer) -> None:
