@@ -3,12 +3,14 @@
 Usage: python benchmarks/reduction_quality.py MODEL DATA.parquet [METHOD ...] [--keep 0.75 0.5 0.25 0.1] [--images N]
 
 MODEL is a directory with an image classifier of transformers, DATA a Parquet file with the columns ``image`` (an
-encoded picture of the model's size, as bytes) and ``label``. METHOD is a name of the catalog, with fields where wanted:
-``tome``, ``evit:fuse=false``. All methods of the site ``encoder`` unless given; one that cannot run on the model is left
-out, with a line that says why. Pixels are scaled to [-1, 1].
+encoded picture of the model's size, as bytes) and ``label``. METHOD is a name of the catalog, with fields where
+wanted: ``tome``, ``evit:fuse=false``. All methods of the site ``encoder`` unless given; one that cannot run on the
+model is left out, with a line that says why. Pixels are scaled to [-1, 1].
 
 Prints accuracy with its 95% interval by bootstrap over the images, the share of the encoder's multiply-accumulates,
 and the difference to ``random_drop``, paired by image. ``random_drop`` always runs, and is the mean of five seeds.
+With ``--attack N`` a second table follows: for the first N images, how stable the kept tokens are under noise, and the
+accuracy of the dense and of the reduced model, plain, under random signs, and under the compression-aware attack.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ def main() -> None:
     parser.add_argument("methods", nargs="*")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--images", type=int)
+    parser.add_argument("--attack", type=int, default=0)
+    parser.add_argument("--epsilon", type=float, default=0.03)
     options = parser.parse_args()
     model = AutoModelForImageClassification.from_pretrained(options.model).eval()
     table = pyarrow.parquet.read_table(options.data, columns=["image", "label"]).slice(0, options.images)
@@ -63,6 +67,13 @@ def main() -> None:
             print(
                 f"| {name} | {keep} | {share:.2f} | {interval(found)} | {interval(found - control, '+')} |", flush=True
             )
+    if options.attack:
+        batch = {"pixel_values": pixels[: options.attack], "labels": torch.from_numpy(labels[: options.attack]).long()}
+        print(f"\n{options.attack} images, epsilon {options.epsilon}; accuracy in %, dense / reduced\n")
+        print("| method | keep | Jaccard under noise | plain | random signs | attack |\n|---|---|---|---|---|---|")
+        for keep in options.keep:
+            for name in options.methods or names():
+                print(attack(model, batch, name, keep, options.epsilon), flush=True)
 
 
 def names() -> list[str]:
@@ -97,6 +108,23 @@ def measure(
             rows.append(right(model, pixels, labels))
             share = handle.stats["macs_share"]
     return np.mean(rows, 0), share
+
+
+def attack(model: Any, batch: dict[str, torch.Tensor], text: str, keep: float, epsilon: float) -> str:
+    """A row of the second table; noise has the strength `epsilon`."""
+    try:
+        chosen = method(text, keep=keep)
+        [stability] = tw.reduction.rank_stability(model, batch, chosen, noise=(epsilon,))
+        report = tw.reduction.compression_aware_attack(model, batch, chosen, epsilon=epsilon)
+    except InputError as error:
+        return f"left out: {text}, keep {keep}: {error}"
+    pairs = (
+        (report.dense, report.reduced),
+        (report.dense_noise, report.reduced_noise),
+        (report.dense_attacked, report.reduced_attacked),
+    )
+    shares = " | ".join(f"{100 * dense:.0f} / {100 * reduced:.0f}" for dense, reduced in pairs)
+    return f"| {text} | {keep} | {stability.jaccard:.2f} | {shares} |"
 
 
 def interval(values: NDArray[np.float64], sign: str = "") -> str:

@@ -4,7 +4,7 @@ Usage: python examples/marked_cell/measure.py FOLDER [METHOD ...]
 
 METHOD is a name of the catalog, with fields where wanted: `faster_vlm`, `faster_vlm:layer=-1`. All methods of the site
 `input` unless given; a method that the model does not suit is left out with a line that says so. `random` runs with
-five seeds. Prints one table for each kind of question, with the interval of the mean over questions (and seeds).
+five seeds. Prints one table for each kind of question, with 95% intervals by bootstrap over the questions.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
     for kind in dict.fromkeys(kinds):
         of_kind = kinds == kind
         print(f"\nExact match in % by keep, questions for a {kind}; all tokens: {100 * dense[of_kind].mean():.1f}\n")
-        print("| method | " + " | ".join(map(str, KEEPS)) + " |\n|---" * (len(KEEPS) + 1) + "|")
+        print("| method | " + " | ".join(map(str, KEEPS)) + " |")
+        print("|---" * (len(KEEPS) + 1) + "|")
         for name, by_keep in found.items():
             print(f"| {name} | " + " | ".join(interval(values[:, of_kind]) for values in by_keep) + " |")
 

@@ -73,4 +73,5 @@ def test_from_pictures_to_tables(train, tmp_path, monkeypatch, capsys):
     measure.main()
     shown = capsys.readouterr().out
     assert "left out: faster_vlm:layer=9" in shown
+    assert shown.count("|---|---|---|---|---|\n") == 2
     assert shown.count("| faster_vlm | ") == shown.count("| random | ") == 2
