@@ -68,7 +68,7 @@ def main() -> None:
                 f"| {name} | {keep} | {share:.2f} | {interval(found)} | {interval(found - control, '+')} |", flush=True
             )
     if options.attack:
-        batch = {"pixel_values": pixels[: options.attack], "labels": torch.from_numpy(labels[: options.attack]).long()}
+        batch = {"pixel_values": pixels[: options.attack], "labels": torch.tensor(labels[: options.attack]).long()}
         print(f"\n{options.attack} images, epsilon {options.epsilon}; accuracy in %, dense / reduced\n")
         print("| method | keep | Jaccard under noise | plain | random signs | attack |\n|---|---|---|---|---|---|")
         for keep in options.keep:
