@@ -139,7 +139,8 @@ class InputReducer(TokenReducer):
         return [kept_count(self.keep, image.features.shape[0]) for image in images]
 
     def score(self, image: EncodedImage) -> Tensor | None:
-        """What `select` ranks the rows of an image by, [tokens], larger stays; None where it ranks none."""
+        """What `select` ranks the rows of an image by, [tokens], larger stays; not finite where a row is no patch.
+        None where it ranks none."""
         return None
 
     @abstractmethod
