@@ -13,10 +13,12 @@ _PUBLIC = {
     "Mixture": "merge",
     "TokenReducer": "base",
     "compression_aware_attack": "robustness",
+    "identifier_groups": "code_identifiers",
     "keep_only": "merge",
     "prune_inputs": "inputs",
     "rank_stability": "robustness",
     "reduce": "apply",
+    "verify_inputs": "inputs",
 }
 
 

@@ -65,7 +65,7 @@ class EViT(EncoderReducer):
         return plan(1 - self.rate) if self.rate is not None else fit(plan, self.keep, shape, between=True, largest=1)
 
     def score(self, tokens: LayerTokens) -> Tensor:
-        return tokens.class_row().masked_fill(tokens.protected(), float("inf"))
+        return tokens.ranked(tokens.class_row())
 
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
         import torch
@@ -73,8 +73,7 @@ class EViT(EncoderReducer):
         from tokenwise.policies.matching import largest
         from tokenwise.reduction.merge import Merge, keep_only
 
-        score = self.score(tokens)
-        kept = largest(score, count - self.fuse)
+        kept = largest(self.score(tokens), count - self.fuse)
         if not self.fuse:
             return keep_only(kept)
         row = tokens.class_row()
@@ -82,5 +81,5 @@ class EViT(EncoderReducer):
         places = torch.arange(count - 1, device=kept.device).expand(kept.shape[0], -1)
         target = torch.full_like(gone, count - 1, dtype=torch.long).scatter_(1, kept, places)
         # The fused token stands where the strongest of the dropped ones stood.
-        first = score.masked_fill(~gone, float("-inf")).argmax(1, keepdim=True)
+        first = row.masked_fill(~gone, -1).argmax(1, keepdim=True)
         return Merge(torch.cat([kept, first], 1), target, weights=torch.where(gone, row, 1.0), average=False)

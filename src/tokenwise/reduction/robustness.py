@@ -289,7 +289,7 @@ class _Subject:
             if not seen:
                 seen.append(method.score(tokens))
 
-        handle = EncoderReduction(find_encoder(self.model), method)
+        handle = EncoderReduction(find_encoder(self.model), method, model=self.model)
         handle.watch = watch
         with handle:
             output = self.model(**self.rest, pixel_values=pixels)
