@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -94,6 +95,7 @@ class EncoderReduction(Handle):
             feed-forward layers worked on) and ``macs_share`` (of the blocks' multiply-accumulates).
         masked: do not take tokens out but hide them from attention, and give each merged token all its members'
             places: the reference to which the fast way is compared.
+        watch: called with the tokens of each block that takes some out, before it does; None unless set.
     """
 
     def __init__(self, encoder: Encoder, method: EncoderReducer, masked: bool = False, model: nn.Module | None = None):
@@ -103,6 +105,7 @@ class EncoderReduction(Handle):
         self.method = method
         self.masked = masked
         self.last: Pass | None = None
+        self.watch: Callable[[LayerTokens], None] | None = None
         self._plans: dict[int, list[int]] = {}
         self._calls: dict[int, AttentionCall] = {}
         self._given: dict[str, Tensor] = {}
@@ -345,6 +348,8 @@ class EncoderReduction(Handle):
             count = self.method.decide(layer, tokens.counts)
             if count >= available:
                 return None
+        if self.watch is not None:
+            self.watch(layer)
         change = self.method.reduce(layer, count)
         reduced = change.apply(hidden, tokens.size)
         tokens.follow(change)

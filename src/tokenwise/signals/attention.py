@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 32 * 2**20
 _CACHED_BYTES = 2 * 2**20
+_GRADIENT = ContextVar("gradient", default=False)
+_Given = ParamSpec("_Given")
+
+
+@contextmanager
+def with_gradient() -> Iterator[None]:
+    """Rows and columns made inside can be differentiated with respect to queries and keys; elsewhere they cannot."""
+    token = _GRADIENT.set(True)
+    try:
+        yield
+    finally:
+        _GRADIENT.reset(token)
+
+
+def _detached_unless_asked(function: Callable[_Given, Tensor]) -> Callable[_Given, Tensor]:
+    @functools.wraps(function)
+    def made(*args: _Given.args, **options: _Given.kwargs) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _GRADIENT.get()):
+            return function(*args, **options)
+
+    return made
 
 
 @torch.no_grad()
@@ -59,7 +84,7 @@ Bias = Callable[[Tensor], "Tensor | None"]
 throughout: 4 dimensions that broadcast to [batch, heads, rows, keys], or None."""
 
 
-@torch.no_grad()
+@_detached_unless_asked
 def attention_rows(
     query: Tensor, key: Tensor, positions: Tensor, bias: Bias, scaling: float, softcap: float | None = None
 ) -> Tensor:
@@ -85,7 +110,7 @@ def attention_rows(
         return _softmax_of(queries, key.to(dtype).contiguous(), bias(positions), softcap)
 
 
-@torch.no_grad()
+@_detached_unless_asked
 def attention_columns(
     query: Tensor,
     key: Tensor,
@@ -189,7 +214,7 @@ def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float 
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     scores = (grouped @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
     if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scores.div_(softcap).tanh_() * softcap
     if bias is not None:
         scores += bias
     return torch.softmax(scores, dim=-1)
