@@ -11,10 +11,16 @@ _PUBLIC = {
     "LayerTokens": "base",
     "Merge": "merge",
     "Mixture": "merge",
+    "Plan": "plan",
     "TokenReducer": "base",
+    "allocate": "allocation",
+    "allocate_by_entropy": "allocation",
+    "allocate_by_search": "allocation",
     "keep_only": "merge",
+    "learn_rates": "rate_learning",
     "prune_inputs": "inputs",
     "reduce": "apply",
+    "shape_of": "allocation",
 }
 
 

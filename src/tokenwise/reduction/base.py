@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from tokenwise.method import Method
 from tokenwise.policies.budget import Keep, kept_count
+from tokenwise.reduction.plan import PLAN_RANGE, PlanFile
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +105,15 @@ class EncoderReducer(TokenReducer):
     place: ClassVar[Place] = "between"
     proportional: ClassVar[bool] = False
     """Whether attention counts a merged token as often as the tokens it stands for."""
+    halving: ClassVar[bool] = False
+    """Whether a block can take out half of its unprotected tokens at most."""
+
+    plan: Annotated[PlanFile | None, Field(json_schema_extra=PLAN_RANGE)] = None
+    """How many tokens stay after each block, instead of `keep`: a `Plan`, or a path to its JSON."""
+
+    def planned(self, shape: Shape) -> list[int]:
+        """Tokens after each block: the plan's where there is one, else `counts`."""
+        return self.counts(shape) if self.plan is None else self.plan.counts_for(shape, self.halving)
 
     @abstractmethod
     def counts(self, shape: Shape) -> list[int]:

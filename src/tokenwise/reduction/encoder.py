@@ -96,7 +96,7 @@ class EncoderReduction(Handle):
             shape = Shape(
                 tokens, len(encoder.blocks), encoder.prefix, encoder.width, encoder.hidden_width, encoder.gated
             )
-            counts = self.method.counts(shape)
+            counts = self.method.planned(shape)
             before = tokens
             for count in counts:
                 if not encoder.prefix < count <= before and count != before:
