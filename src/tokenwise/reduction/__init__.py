@@ -16,6 +16,7 @@ _PUBLIC = {
     "allocate": "allocation",
     "allocate_by_entropy": "allocation",
     "allocate_by_search": "allocation",
+    "calibrate_thresholds": "dy_mu",
     "keep_only": "merge",
     "learn_rates": "rate_learning",
     "prune_inputs": "inputs",

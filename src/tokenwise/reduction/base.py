@@ -56,6 +56,8 @@ class LayerTokens:
         positions: where each token stood at the beginning, [batch, tokens], int64.
         padding: tokens that are padding, [batch, tokens], bool; None where there is none.
         memory: what the method keeps from block to block, each [batch, tokens, ...]; follows the tokens that stay.
+        empty: places that hold nothing since rows of the batch keep different numbers, [batch, tokens], bool; None
+            where there are none.
     """
 
     hidden: Tensor
@@ -68,6 +70,7 @@ class LayerTokens:
     attention: AttentionCall | None = None
     padding: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    empty: Tensor | None = None
 
     def keys(self) -> Tensor:
         """The keys as a mean over heads, [batch, tokens, head_dim]."""
@@ -84,15 +87,18 @@ class LayerTokens:
     def columns(self) -> Tensor:
         """The attention each token receives, as a mean over heads and queries, [batch, tokens], fp32."""
         assert self.attention is not None
-        return self.attention.columns(None if self.padding is None else ~self.padding).mean(1)
+        hidden = [mask for mask in (self.padding, self.empty) if mask is not None]
+        return self.attention.columns(~sum(hidden[1:], hidden[0]) if hidden else None).mean(1)
 
     def protected(self) -> torch.Tensor:
-        """Which tokens must stay as they are, [batch, tokens], bool: the prefix and padding."""
+        """Which tokens must stay as they are, [batch, tokens], bool: the prefix, padding and empty places."""
         import torch
 
         first = torch.arange(self.hidden.shape[1], device=self.hidden.device) < self.prefix
         first = first.expand(self.hidden.shape[:2])
-        return first if self.padding is None else first | self.padding
+        for mask in (self.padding, self.empty):
+            first = first if mask is None else first | mask
+        return first
 
 
 class EncoderReducer(TokenReducer):
@@ -120,8 +126,12 @@ class EncoderReducer(TokenReducer):
         """Tokens after each block, protected ones included; never rising."""
 
     @abstractmethod
-    def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture:
-        """What becomes of the tokens of one block so that `count` are left."""
+    def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture | None:
+        """What becomes of the tokens of one block so that `count` are left; None where all stay.
+
+        A method whose number follows the input may leave more, and different numbers in the rows of a batch
+        (`Merge.empty`).
+        """
 
 
 class InputReducer(TokenReducer):

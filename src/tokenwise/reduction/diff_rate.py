@@ -30,8 +30,8 @@ class DiffRate(EncoderReducer):
         ),
         needs=("a class token", "a plan from learn_rates, for the paper's rates"),
         status="VERIFIED",
-        checked="the official blocks' outputs, and the published rates of DeiT-S; in learning, hidden tokens do not "
-        "attend to themselves, and a merged token of negative similarity adds nothing to the size",
+        checked="the official merging, counts, masks and their gradients on seeded numbers; in learning, hidden tokens "
+        "do not attend to themselves, and a merged token of negative similarity adds nothing to the size",
         control="reduction/random_drop",
     )
     merges: ClassVar[bool] = True

@@ -29,7 +29,10 @@ class Pass:
         padding: which are padding, [batch, tokens], bool; None where there is none.
         memory: the method's own, following the tokens.
         reduced: whether any block took tokens out.
-        layers: what was left after each block so far, for drawings and checks.
+        layers: what was left after each block so far, for drawings and checks; a mean over the batch where its rows
+            keep different numbers.
+        empty: places that hold nothing since rows keep different numbers, [batch, tokens], bool; None where there
+            are none.
     """
 
     counts: list[int]
@@ -39,7 +42,8 @@ class Pass:
     padding: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     reduced: bool = False
-    layers: list[int] = field(default_factory=list)
+    layers: list[float] = field(default_factory=list)
+    empty: Tensor | None = None
 
     def follow(self, change: Merge | Mixture) -> None:
         """Let the bookkeeping follow a change of the tokens."""
@@ -51,10 +55,24 @@ class Pass:
         self.positions = self.positions.gather(1, change.kept)
         if self.padding is not None:
             self.padding = self.padding.gather(1, change.kept)
+        self.empty = change.empty if isinstance(change, Merge) else None
         for name, values in self.memory.items():
             index = change.kept.view(*change.kept.shape, *[1] * (values.dim() - 2))
             self.memory[name] = values.gather(1, index.expand(*change.kept.shape, *values.shape[2:]))
         self.reduced = True
+
+    @property
+    def left(self) -> float:
+        """How many tokens there are; a mean over the batch where its rows keep different numbers."""
+        return self.positions.shape[1] if self.empty is None else float((~self.empty).sum(1).double().mean())
+
+    def key_bias(self, proportional: bool) -> Tensor | None:
+        """What is added to the scores of the tokens that are left, [batch, tokens]; None for nothing."""
+        bias = self.size.log() if proportional and self.reduced else None
+        if self.empty is None:
+            return bias
+        bias = torch.zeros_like(self.size) if bias is None else bias
+        return bias.masked_fill(self.empty, torch.finfo(bias.dtype).min)
 
 
 class EncoderReduction(Handle):
@@ -137,10 +155,14 @@ class EncoderReduction(Handle):
                 reduced = self._reduce(index, hidden)
                 if reduced is not None:
                     output = (reduced, *output[1:]) if isinstance(output, tuple) else reduced
-            self.last.layers.append(self.last.positions.shape[1])
+            self.last.layers.append(self.last.left)
             self._calls.pop(index, None)
             if index == len(self.encoder.blocks) - 1:
                 self._finish()
+                if self.last.empty is not None and not self.masked:
+                    hidden = output[0] if isinstance(output, tuple) else output
+                    filled = self._show_empty(hidden, self.last.empty)
+                    output = (filled, *output[1:]) if isinstance(output, tuple) else filled
             return output
 
         def between(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -197,8 +219,10 @@ class EncoderReduction(Handle):
             return
         if self.masked:
             call.add_key_bias(self._masked_bias(tokens))
-        elif self.method.proportional and self.method.merges:
-            call.add_key_bias(tokens.size.log())
+        else:
+            bias = tokens.key_bias(self.method.proportional and self.method.merges)
+            if bias is not None:
+                call.add_key_bias(bias)
 
     def _masked_bias(self, tokens: Pass) -> Tensor:
         """What every place of the beginning adds to its scores: all members of a group together weigh what it does."""
@@ -229,14 +253,30 @@ class EncoderReduction(Handle):
             call,
             tokens.padding,
             tokens.memory,
+            tokens.empty,
         )
         change = self.method.reduce(layer, count)
+        if change is None:
+            return None
         reduced = change.apply(hidden, tokens.size)
         tokens.follow(change)
         if not self.masked:
             return reduced
         members = reduced.gather(1, tokens.group.clamp_min(0).unsqueeze(2).expand(-1, -1, reduced.shape[2]))
         return torch.where((tokens.group < 0).unsqueeze(2), whole, members)
+
+    def _show_empty(self, hidden: Tensor, empty: Tensor) -> Tensor:
+        """The tokens with NaN in the empty places: a model that reads more than the class token shows it."""
+        if not self.encoder.has_class_token:
+            raise InputError(
+                Problem(
+                    "batch",
+                    f"{type(self.method).__name__} leaves different numbers of tokens in its images, and a model "
+                    "without a class token may read the places between.",
+                    "Pass one image at a time.",
+                )
+            )
+        return hidden.masked_fill(empty.unsqueeze(2), float("nan"))
 
     def _finish(self) -> None:
         tokens = self.last
@@ -270,8 +310,9 @@ def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> 
     compact = AttentionCall(
         call.module, taken(call.query), taken(call.key), taken(call.value), mask, call.scaling, softcap=call.softcap
     )
-    if tokens.reduced and method.proportional and method.merges:
-        compact.add_key_bias(tokens.size.log())
+    bias = tokens.key_bias(method.proportional and method.merges)
+    if bias is not None:
+        compact.add_key_bias(bias)
     return compact
 
 

@@ -19,6 +19,8 @@ class Merge:
         weights: of each input token in the sum it goes to, [batch, tokens]; its size unless given.
         average: whether each sum is divided by the sum of its weights.
         sizes: what each token adds to the size of the output token, [batch, tokens]; its size unless given.
+        empty: output places that hold nothing, [batch, kept], bool, where the rows of the batch keep different
+            numbers; no token goes to them, so `target` must be given. None where there are none.
     """
 
     kept: Tensor
@@ -26,6 +28,7 @@ class Merge:
     weights: Tensor | None = None
     average: bool = True
     sizes: Tensor | None = None
+    empty: Tensor | None = None
 
     def apply(self, values: Tensor, size: Tensor) -> Tensor:
         """The output tokens' values.
@@ -43,9 +46,11 @@ class Merge:
         weights = (size if self.weights is None else self.weights).to(dtype)
         # A token that nothing joins is passed on as it is, whatever the arithmetic of the others.
         total = self._sum(weights.unsqueeze(2) * values.to(dtype))
+        members = self._sum(torch.ones_like(weights).unsqueeze(2))
         if self.average:
-            total = total / self._sum(weights.unsqueeze(2))
-        alone = self._sum(torch.ones_like(weights).unsqueeze(2)) == 1
+            total = total / self._sum(weights.unsqueeze(2)).masked_fill(members == 0, 1)
+        # An empty place takes any value there is, so that what is computed on it stays finite.
+        alone = members <= 1
         own = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
         unchanged = alone if self.average else alone & (weights.gather(1, self.kept) == 1).unsqueeze(2)
         return torch.where(unchanged, own, total.to(values.dtype))
@@ -76,7 +81,8 @@ class Merge:
         if self.target is None:
             return member
         weighted = member * (size if self.weights is None else self.weights).double().unsqueeze(1)
-        return weighted / weighted.sum(2, keepdim=True) if self.average else weighted
+        total = weighted.sum(2, keepdim=True)
+        return weighted / total.masked_fill(total == 0, 1) if self.average else weighted
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sums over what goes to each output token, [batch, kept, channels]; the dropped go to a row cut off."""

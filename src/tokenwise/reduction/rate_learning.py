@@ -156,7 +156,8 @@ def learn_rates(
     """
     if not 0 < flops < 1:
         raise InputError(Problem("flops", f"{flops} is no share between 0 and 1.", "Write 0.5 for half."))
-    first = next((batch := iter(batches)), None)
+    rest = iter(batches)
+    first = next(rest, None)
     if first is None:
         raise InputError(Problem("batches", "are empty.", "Give some to train on."))
     loss = _own_loss if loss is None else loss
@@ -167,8 +168,8 @@ def learn_rates(
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            for step, item in enumerate(itertools.chain([first], batch)):
-                task = loss(model, item)
+            for step, batch in enumerate(itertools.chain([first], rest)):
+                task = loss(model, batch)
                 total = task + (weight if step >= warm_up else 0.0) * (learning.macs_share - flops) ** 2
                 optimizer.zero_grad()
                 total.backward()
