@@ -27,6 +27,7 @@ _PUBLIC = {
     "learn_rates": "rate_learning",
     "prune_inputs": "inputs",
     "reduce": "apply",
+    "slimming_loss": "slimming",
     "push_apart": "diffusion",
     "shape_of": "allocation",
 }

@@ -73,7 +73,8 @@ def allocate(
         keep: a share of the tokens that the feed-forward layers work on, averaged over the blocks; or ``"N tokens"``
             after the last block; or ``"X flops"``, a share of the dense encoder's.
         rule: ``constant`` takes as many out in each block; ``linear`` by a line (`inflection`); ``shifted_cosine``
-            leaves the first blocks dense and goes down half a cosine wave.
+            leaves the first blocks dense and goes down half a cosine wave to a share of 0.15 of the unprotected
+            tokens, as p-MoD's schedule does (arXiv 2412.04449).
         inflection: of ``linear``, in [-1, 1]: -1 takes most out in the first blocks, 1 in the last.
         halving: whether a block can take out half of the unprotected tokens at most, as methods that merge pairs do.
 
@@ -92,6 +93,9 @@ def allocate(
 
 def allocate_by_entropy(model: nn.Module, batches: Batches, keep: float | str, *, halving: bool = False) -> Plan:
     """A plan that takes more out of blocks whose attention is concentrated on few tokens.
+
+    The weights of the blocks are FlowCut's (arXiv 2505.19536), which follows each image; here they are means over
+    samples, and a plan for all.
 
     What is concentrated is the class token's row, or the mean over all queries where there is no class token; the
     entropies are means over the samples of the batches, which all have as many tokens.
@@ -142,6 +146,7 @@ def allocate_by_search(
 ) -> tuple[Plan, float]:
     """The plan at a budget whose final state is closest to the dense model's; needs no labels.
 
+    The objective is that of VFlowOpt's calibration (arXiv 2508.05211), the search ours.
     One block after the other is tried at a quarter, half, twice and four times what it takes out, the budget kept by
     the others; what helps stays. The same model, method and batches give the same plan.
 
