@@ -86,7 +86,7 @@ def test_the_shown_plan_has_every_field_at_its_default():
         tasks.TextData: plan["task"]["data"],
         sections.Training: plan["training"],
         sections.Budget: plan["budget"],
-        sections.Reference: plan["references"]["clean"] | plan["references"]["strong"],
+        sections.Reference: {name: value for entry in plan["references"].values() for name, value in entry.items()},
     }
     for section, values in shown.items():
         assert set(values) == set(section.model_fields), section

@@ -52,7 +52,9 @@ def test_a_run_learns_and_reports_everything_it_is_asked_for(train):
     assert [point.share for point in result.curve] == [0.25, 0.5, 0.75, 1.0]
     assert result.curve[-1].held_out < result.curve[0].held_out
     assert result.curve[-1].flops == result.costs.flops
-    assert result.weights == {"mean_weight": 1.0, "effective_sample_size": 1.0, "kept_share": 1.0}
+    one = ("mean_weight", "effective_sample_size", "kept_share", "effective_learning_rate")
+    tenths = {f"gradient_share_decile_{place}": 0.1 for place in range(1, 11)}
+    assert result.weights == pytest.approx(dict.fromkeys(one, 1.0) | tenths)
     assert events[-1]["share"] == 1.0
     assert math.isfinite(events[-1]["loss"])
     tokens, weights = result.example["tokens"], result.example["weights"]

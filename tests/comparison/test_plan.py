@@ -257,8 +257,12 @@ def test_references_are_the_plans_own_or_directories(folder):
         ({}, "./other", "reference ./other: '{folder}/other' has another vocabulary"),
         ({"clean": {"train_on": "eval.jsonl"}}, "clean", "eval.jsonl' is also in task.data.eval."),
         ({"clean": {"train_on": "none.jsonl"}}, "clean", "references.clean.train_on: '{folder}/none.jsonl' does not"),
-        ({"clean": {}}, "clean", "references.clean: needs either train_on or model."),
-        ({"clean": {"train_on": "clean.jsonl", "model": "./model"}}, "clean", "needs either train_on or model."),
+        ({"clean": {}}, "clean", "references.clean: needs one of train_on, model and scores."),
+        (
+            {"clean": {"train_on": "clean.jsonl", "model": "./model"}},
+            "clean",
+            "needs one of train_on, model and scores.",
+        ),
         (
             {"clean": {"model": "./model", "budget": {"unit": "steps", "amount": 1}}},
             "clean",

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from made_results import baseline, method, run, summary
 
+from tokenwise.comparison import charts, figures
 from tokenwise.comparison.answer import conclude
+from tokenwise.comparison.quality import UnlearningQuality
 from tokenwise.comparison.records import Job, Result
 from tokenwise.comparison.report import write_report
 
@@ -185,3 +187,51 @@ def test_a_reference_is_no_row(tmp_path: Path) -> None:
     job = Job("reference", "clean", 0, {"uniform": {}}, "candidate", {}, {})
     _, page = report(tmp_path, [Result(job, "failed", "Out of memory."), *baseline()])
     assert "reference clean, seed 0: Out of memory." in page.text
+
+
+def test_what_the_weights_did_is_a_table_of_means_over_the_seeds(tmp_path: Path, results: list[Result]) -> None:
+    for result in results:
+        if result.job.label == "excess":
+            shares = [0, 0, 0, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.2]
+            result.weights = {
+                "mean_weight": 0.5 + 0.1 * result.job.seed,
+                "effective_sample_size": 0.6,
+                "kept_share": 0.7,
+                "effective_learning_rate": 0.9,
+                **{f"gradient_share_decile_{place}": share for place, share in enumerate(shares, 1)},
+            }
+            result.example = None
+    html, page = report(tmp_path, results)
+    assert "What the methods weighed" in page.text
+    assert re.search(r"excess 0\.600 60\.0 70\.0 0\.900 20\.0", " ".join(page.text.split()))
+    assert "smallest weights first: 0, 0, 0, 10, 10, 10, 10, 20, 20, 20" in html
+    # Results of before there were more numbers than the kept share.
+    assert re.search(r"uniform – – 60\.0 – – –", " ".join(page.text.split()))
+    assert "Not shown: excess, which reads more than the text" in page.text
+    assert "60% of the tokens weighted" in page.text
+
+
+def test_what_was_forgotten_is_drawn_against_what_was_kept(tmp_path: Path) -> None:
+    def unlearnt(label: str, seed: int, forget: float, keep: float, role: str = "candidate") -> Result:
+        result = run(label, seed, 0.0, role=role)
+        losses = [-4 * math.log(p) for p in (forget, forget, keep, keep)]
+        result.quality = UnlearningQuality(losses, [4] * 4, [True, True, False, False])
+        result.example, result.weights = None, {}
+        return result
+
+    results = [unlearnt("uniform", seed, 0.9 + 0.01 * seed, 0.95, "baseline") for seed in range(3)]
+    results += [unlearnt("npo", seed, 0.2, 0.8 + 0.01 * seed) for seed in range(3)]
+    _, page = report(tmp_path, results)
+    assert "What was forgotten, what was kept" in page.text
+    labels = [label for label in page.attributes("aria-label") if label and "against forgotten" in label]
+    assert len(labels) == 2  # wide and narrow
+    assert labels[0].startswith("Kept against forgotten, better towards the upper right. uniform: 9.0% forgotten, 95.0")
+    assert "npo: 80.0% forgotten, 81.0% kept" in labels[0]
+    assert "What the methods weighed" not in page.text
+    styles = charts.styles([("uniform", "baseline"), ("npo", "candidate")])
+    wide = figures.goals_figure(conclude(results, summary()), results, styles, True) or ""
+    marks = dict(re.findall(r'transform="translate\(([\d. ]+)\)" class="marker (\w+)"', wide))
+    places = {colour: tuple(map(float, place.split())) for place, colour in marks.items()}
+    assert places["colour1"][0] > places["baseline"][0]  # forgot more
+    assert places["colour1"][1] > places["baseline"][1]  # kept less, further down
+    assert figures.goals_figure(conclude(baseline(), summary()), baseline(), {}, True) is None

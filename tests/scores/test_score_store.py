@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,9 @@ from rich.console import Console
 
 import tokenwise as tw
 from tokenwise.errors import InputError
+from tokenwise.models.flops import FlopMeter
 from tokenwise.models.load import train_tokenizer
-from tokenwise.scores import scorer, scoring, store
+from tokenwise.scores import layout, scorer, scoring, store
 from tokenwise.scores.layout import row_key
 from tokenwise.scores.rows import Encoder, make_shards
 
@@ -148,6 +148,7 @@ def test_a_run_that_failed_continues_to_the_same_files(tiny_llama, tmp_path, mon
     assert shard_bytes(tmp_path / "parts") == whole
     assert not list((tmp_path / "parts").glob(".shard*"))
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "parts")]
+    assert all(manifest.pop("cost") for manifest in manifests)  # what was computed twice was paid twice
     assert manifests[0] == manifests[1]
 
 
@@ -384,4 +385,59 @@ def test_a_cluster_gives_the_same_files(tiny_llama, tmp_path):
     finally:
         ray.shutdown()
     assert shard_bytes(tmp_path / "there") == shard_bytes(tmp_path / "here")
-    assert Path(tmp_path / "there" / "manifest.json").read_text() == (tmp_path / "here/manifest.json").read_text()
+    there, here = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("there", "here"))
+    costs = [manifest.pop("cost") for manifest in (there, here)]
+    assert there == here
+    assert costs[0] == {"flops": costs[1]["flops"], "seconds": None, "machine": None}
+
+
+# What it cost
+
+
+@pytest.mark.parametrize("statistics", [("logp",), EVERYTHING])
+def test_the_operations_scaled_from_short_passes_are_those_of_the_whole(tiny_llama, statistics):
+    rows = [np.array(row, dtype=np.int32) for row in ROWS]
+    made = scorer.Scorer(tiny_llama.train(), statistics, 3, 30)
+    expected = made.flops([len(row) for row in rows])
+    assert tiny_llama.training
+    with FlopMeter() as meter:
+        made.columns(rows)
+    assert expected == pytest.approx(meter.flops, rel=1e-9)
+    assert made.flops([1, 1]) == 0
+
+
+def test_what_a_store_cost_is_kept_and_what_was_lost_is_counted(tiny_llama, tmp_path, monkeypatch):
+    whole = score(tiny_llama, tmp_path / "whole").manifest
+    assert whole.cost.flops == pytest.approx(
+        sum(
+            scorer.Scorer(tiny_llama, ("logp",), 0, 30).flops(parquet.read_table(file)["length"].to_pylist())
+            for file in (tmp_path / "whole").glob("*.parquet")
+        )
+    )
+    assert whole.cost.seconds > 0
+    assert "threads" in whole.cost.machine
+
+    def failing(folder, table, write=scoring.write_shard):
+        if len(list(folder.glob("*.parquet"))) == 2:
+            raise KeyboardInterrupt
+        return write(folder, table)
+
+    monkeypatch.setattr(scoring, "write_shard", failing)
+    with pytest.raises(KeyboardInterrupt):
+        score(tiny_llama, tmp_path / "s")
+    monkeypatch.undo()
+    costs = tmp_path / "s" / layout.COSTS
+    costs.write_text(costs.read_text() + '\n{"shard": 2, "flo')
+    continued = score(tiny_llama, tmp_path / "s").manifest
+    assert continued.cost.flops > whole.cost.flops  # the third shard was computed twice
+
+    # What nobody noted is not known, and that is not zero.
+    written = json.loads((tmp_path / "s" / layout.MANIFEST).read_text())
+    del written["cost"]
+    (tmp_path / "s" / layout.MANIFEST).write_text(json.dumps(written))
+    assert tw.scores.open(tmp_path / "s").manifest.cost == layout.Cost()
+    lines = costs.read_text().splitlines()
+    costs.write_text("\n".join(line for line in lines if '"shard": 0' not in line))
+    assert layout.read_cost(tmp_path / "s", continued.shards) == layout.Cost()
+    costs.unlink()
+    assert layout.read_cost(tmp_path / "s", continued.shards) == layout.Cost()

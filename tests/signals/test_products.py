@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenwise.comparison.flops import FlopMeter
+from tokenwise.models.flops import FlopMeter
 from tokenwise.signals.products import SumOfProducts, multiply
 
 KINDS = [

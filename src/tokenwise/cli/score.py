@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenwise.errors import InputError, Problem
 
@@ -23,7 +26,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "data",
         metavar="DATA",
         nargs="+",
-        help="text files, JSON lines, JSON, Parquet, or folders that datasets saved",
+        help="text files, JSON lines, JSON, Parquet, folders that datasets saved; or a plan of `tokenwise compare`, "
+        "whose training data is then scored row by row as it is trained on",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the scores")
     parser.add_argument(
@@ -60,18 +64,19 @@ def _run(options: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()
     console = Console()
-    store = score(
-        options.model,
-        options.data,
-        options.out,
-        field=options.field,
-        statistics=statistics,
-        top_k=16 if options.top_k is None else options.top_k,
-        max_length=options.max_length,
-        batch_tokens=options.batch_tokens,
-        ray=options.ray,
-        console=console,
-    )
+    with _data(options) as (data, field):
+        store = score(
+            options.model,
+            data,
+            options.out,
+            field=field,
+            statistics=statistics,
+            top_k=16 if options.top_k is None else options.top_k,
+            max_length=options.max_length,
+            batch_tokens=options.batch_tokens,
+            ray=options.ray,
+            console=console,
+        )
     made = store.manifest
     console.print(f"{made.rows:,} rows, {made.tokens:,} tokens: {', '.join(store.columns)}", highlight=False)
     if made.truncated:
@@ -80,3 +85,25 @@ def _run(options: argparse.Namespace) -> int:
         console.print(f"{made.empty:,} more without a token, left out", highlight=False)
     console.print(f"Scores: {options.out}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+@contextmanager
+def _data(options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
+    """What to score, and the field to read: files as they are named, or the rows that a plan trains on."""
+    plans = [name for name in options.data if Path(name).suffix in (".yaml", ".yml")]
+    if not plans:
+        yield options.data, options.field
+        return
+    given = (("--field", options.field != "text"), ("--max-length", options.max_length), ("DATA", options.data[1:]))
+    problems = [
+        Problem(name, "does not go with a plan, which says all of it.", "Leave it out.")
+        for name, is_there in given
+        if is_there
+    ]
+    if problems:
+        raise InputError(problems)
+
+    from tokenwise.comparison.stored import rows_of_plan
+
+    with rows_of_plan(Path(plans[0]), options.model) as rows:
+        yield rows, "input_ids"

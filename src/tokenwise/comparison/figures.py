@@ -1,4 +1,4 @@
-"""The report's three figures: quality against cost, curves, differences. Each in a wide and a narrow drawing."""
+"""The report's figures: quality against cost, curves, differences, two goals. Each in a wide and a narrow drawing."""
 
 from __future__ import annotations
 
@@ -156,6 +156,85 @@ def curve_figure(
         f"Curves of {conclusion.curve_measure.name} for {', '.join(drawn)}, from {start:.0%} of the budget to its end."
     )
     return charts.svg(width, height, described, parts, _size(wide))
+
+
+def goals_figure(
+    conclusion: Conclusion, results: Sequence[Result], styles: Mapping[str, Style], wide: bool
+) -> str | None:
+    """Two goals that pull against each other, a point for each method; None where there are not two goals.
+
+    A point is the mean over the finished seeds, its bars reach from the lowest to the highest.
+    """
+    found: dict[str, list[charts.Point]] = {}
+    measures = None
+    for result in results:
+        quality = result.quality if result.job.kind == "run" and result.status == "finished" else None
+        if quality is not None and quality.goals is not None and quality.finite:
+            (first, x), (second, y) = quality.goals
+            measures = first, second
+            found.setdefault(result.job.label, []).append((x, y))
+    if measures is None:
+        return None
+    labels = [row.label for row in conclusion.rows if row.label in found]
+    values = [np.array(found[label]) for label in labels]
+    everything = np.concatenate(values)
+    width, height = (640.0, 430.0) if wide else (340.0, 340.0)
+    # The corner where both goals are reached is always in the picture, so that distance to it can be seen.
+    ranges = []
+    for column in everything.T:
+        low = max(float(column.min()) - 0.12 * max(100 - float(column.min()), 5.0), 0.0)
+        ranges.append((low, 100 + 0.04 * (100 - low)))
+    frame = _Frame(width, height, ranges[0], ranges[1])
+    area = frame.area
+    parts = frame.axes(*map(str, measures))
+    corner = frame.x(100), frame.y(100)
+    reach = min(corner[0] - area.left, area.bottom - corner[1])
+    parts += [
+        f'<path d="M{charts.number(corner[0] - share * reach)} {charts.number(corner[1])}'
+        f"A{charts.number(share * reach)} {charts.number(share * reach)} 0 0 0 "
+        f"{charts.number(corner[0])} {charts.number(corner[1] + share * reach)}L{charts.number(corner[0])} "
+        f'{charts.number(corner[1])}Z" class="best"/>'
+        for share in (0.3, 0.15)
+    ]
+    ideal = "better: all forgotten, all kept" if wide else "better"
+    taken = [Box(corner[0] - charts.text_width(ideal) - 12, corner[1] - 16, area.right, corner[1])]
+    parts.append(charts.text(corner[0] - 6, corner[1] - 9, f"{ideal} ↗", "axis halo", "end"))
+
+    means = {label: tuple(own.mean(axis=0)) for label, own in zip(labels, values, strict=True)}
+    front = pareto_front([(-x, -y) for x, y in means.values()])
+    parts.append(charts.path([(frame.x(-x), frame.y(-y)) for x, y in front], "front"))
+    anchors = []
+    described = []
+    digits = measures[0].decimals or 1
+    for label, own in zip(labels, values, strict=True):
+        style = styles[label]
+        x, y = (scale(value) for scale, value in zip((frame.x, frame.y), means[label], strict=True))
+        (left, bottom), (right, top) = own.min(axis=0), own.max(axis=0)
+        if right > left:
+            parts += _bar([(frame.x(left), y), (frame.x(right), y)], style)
+            taken.append(Box(frame.x(left), y - 4, frame.x(right), y + 4))
+        if top > bottom:
+            parts += _bar([(x, frame.y(bottom)), (x, frame.y(top))], style)
+            taken.append(Box(x - 4, frame.y(top), x + 4, frame.y(bottom)))
+        both = [f"{plain(value, digits)}% {m.name}" for value, m in zip(means[label], measures, strict=True)]
+        described.append(f"{label}: {', '.join(both)}")
+        parts.append(charts.marker(style.shape, x, y, f"marker {style.colour}", described[-1]))
+        taken.append(Box(x - 7, y - 7, x + 7, y + 7))
+        anchors.append((x, y))
+    names = [charts.shorten(label, width * 0.36) for label in labels]
+    for name, box in zip(names, charts.place_labels(anchors, names, taken, area), strict=True):
+        if box is not None:
+            parts.append(charts.text(box.left, (box.top + box.bottom) / 2, name, "halo name"))
+    title = f"{measures[1].title} against {measures[0].name}, better towards the upper right. {'; '.join(described)}."
+    return charts.svg(width, height, title, parts, _size(wide))
+
+
+def _bar(ends: Sequence[charts.Point], style: Style) -> list[str]:
+    """A line between two points on one height or one above the other, with a short stroke across each end."""
+    (x1, y1), (x2, y2) = ends
+    across = (0.0, 4.0) if y1 == y2 else (4.0, 0.0)
+    strokes = [(x - across[0], y - across[1], x + across[0], y + across[1]) for x, y in ends]
+    return [charts.line(*stroke, f"bar {style.colour}") for stroke in ((x1, y1, x2, y2), *strokes)]
 
 
 def difference_figure(conclusion: Conclusion, styles: Mapping[str, Style], wide: bool) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from tokenwise import catalog, fingerprint
@@ -23,14 +25,20 @@ from tokenwise.comparison.sections import (
     Training,
     collect,
     existing_reference,
+    existing_scores,
     problems_of,
     shorten,
 )
 from tokenwise.comparison.sections import SECTIONS as OTHER_SECTIONS
+from tokenwise.comparison.stored import charged, check_fits, check_method, check_rows
 from tokenwise.comparison.tasks import AnyTask, Preparation, Task, check_held_out, task_class
 from tokenwise.comparison.yaml_file import read_yaml
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models import load
+from tokenwise.scores.layout import Manifest, is_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SECTIONS: dict[str, Any] = {"task": AnyTask, **OTHER_SECTIONS}
 """What stands under each key of a plan."""
@@ -77,7 +85,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         problems: list[Problem] = []
         self._train_tokenizer(folder, progress)
-        tokenizer = load.load_tokenizer(self._tokenizer_directory(folder), "task.model.tokenizer")
+        tokenizer = self.tokenizer(folder)
         reads = frozenset(name for entry in self.entries for name in getattr(entry.method, "reads", ()))
         given = Preparation(tokenizer, self.training, reads)
         for where, files in self._training_data().items():
@@ -96,9 +104,26 @@ class Plan:
                 if reference.model is not None:
                     with collect(problems):
                         load.check_same_vocabulary(tokenizer, reference.model, f"reference {name}")
+                if reference.scores is not None:
+                    with collect(problems):
+                        check_fits(reference.scores, tokenizer, None, f"reference {name}")
+        if not problems:
+            for name, reference in self.references.items():
+                if reference.scores is not None:
+                    progress(f"looking for the training data in the scores {name}")
+                    with collect(problems):
+                        check_rows(reference.scores, self.training_rows(folder), f"reference {name}", self.file)
         if problems:
             raise InputError(problems)
         self._remark = self.task.remark(self._train_file(folder, self.task.data.train), self._held_out_file(folder))
+
+    def training_rows(self, folder: Path) -> Iterator[NDArray[np.int32]]:
+        """The token ids of each row that the runs train on, after `prepare`: [tokens]."""
+        return self.task.rows(self._train_file(folder, self.task.data.train))
+
+    def tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        """What made them, after `prepare`."""
+        return load.load_tokenizer(self._tokenizer_directory(folder), "task.model.tokenizer")
 
     def jobs(self, folder: Path) -> list[Job]:
         """All jobs: references first, then for each seed every method, so that a partial comparison is paired.
@@ -154,8 +179,12 @@ class Plan:
             task["method_folder"] = str(entry.source.parent)
             inputs["method"] += f" {self._fingerprint(fingerprint.of_file, entry.source)}"
         trained = references.get(entry.reference) if entry.reference is not None else None
+        scores = self.references[entry.reference].scores if entry.reference is not None else None
         if trained is not None:
             inputs["reference"] = trained.key
+        elif scores is not None:
+            task["reference"] = str(scores)
+            inputs["reference"] = fingerprint.of_value(Manifest.read(scores, "reference").deciding())
         elif entry.reference is not None:
             directory = self.references[entry.reference].model
             assert directory is not None
@@ -172,6 +201,7 @@ class Plan:
             reference=entry.reference if trained is not None else None,
             inputs=inputs,
             control=entry.control,
+            reference_costs=charged(scores) if scores is not None else None,
         )
 
     def _job_task(self, folder: Path, files: tuple[Path, ...]) -> dict[str, Any]:
@@ -272,27 +302,14 @@ def read_plan(path: Path | str) -> Plan:
         InputError: with every problem of the plan at once, before anything is run.
     """
     path = Path(path)
-    raw = read_yaml(path)
-    if not isinstance(raw, Mapping):
-        what = "is empty" if raw is None else f"holds {shorten(raw)}, not a mapping"
-        raise InputError(Problem(path.name, f"{what}.", f"A plan has the keys {', '.join(SECTIONS)}."))
+    raw = _read_mapping(path)
     folder = path.resolve().parent
     problems = [
         Problem(str(name), "is no part of a plan.", nearest(str(name), SECTIONS))
         for name in raw
         if name not in SECTIONS
     ]
-    values: dict[str, Any] = {}
-    for name, kind in SECTIONS.items():
-        if raw.get(name) is None:
-            if name in MISSING:
-                problems.append(Problem(name, "is missing.", MISSING[name]))
-            continue
-        try:
-            values[name] = TypeAdapter(kind).validate_python(raw[name], context={"folder": folder})
-        except ValidationError as error:
-            problems += problems_of(error, kind, name)
-
+    values = _read_sections(raw, SECTIONS, folder, problems)
     listed = read_methods(values.get("methods"), folder, problems, task_class(raw.get("task")))
     references = _read_references(listed, raw, values.get("references", {}), folder, problems)
     task, budget, training = values.get("task"), values.get("budget"), values.get("training", Training())
@@ -310,6 +327,15 @@ def read_plan(path: Path | str) -> Plan:
                 if reference.model is not None:
                     with collect(problems):
                         load.check_same_vocabulary(tokenizer, reference.model, f"reference {name}")
+                if reference.scores is not None:
+                    size = task.model.config.get_text_config().vocab_size
+                    with collect(problems):
+                        check_fits(reference.scores, tokenizer, size, f"reference {name}")
+    for entry in listed:
+        named = references.get(str(reference_of(entry)))
+        if entry.method is not None and named is not None and named.scores is not None:
+            with collect(problems):
+                check_method(entry.method, f"{entry.where}.{next(iter(entry.spec))}.reference")
     entries = make_entries(listed, values.get("baseline", "uniform"), problems)
     if problems or task is None or budget is None:
         raise InputError(problems)
@@ -317,6 +343,48 @@ def read_plan(path: Path | str) -> Plan:
         default = LEARNING_RATE_FROM_SCRATCH if task.model.from_scratch else LEARNING_RATE_EXISTING
         training = training.model_copy(update={"learning_rate": default})
     return Plan(path, task, training, budget, values.get("seeds", (0, 1, 2)), references, entries)
+
+
+def read_training_data(path: Path | str) -> Plan:
+    """Read what a plan says of its task and training alone: enough for `Plan.prepare` and `Plan.training_rows`.
+
+    The other sections are not looked at, so that a reference they name need not exist yet.
+
+    Raises:
+        InputError: with every problem of these two sections.
+    """
+    path = Path(path)
+    problems: list[Problem] = []
+    values = _read_sections(_read_mapping(path), ("task", "training"), path.resolve().parent, problems)
+    if problems:
+        raise InputError(problems)
+    return Plan(path, values["task"], values.get("training", Training()), Budget(unit="steps", amount=1), (), {}, [])
+
+
+def _read_mapping(path: Path) -> Mapping[Any, Any]:
+    raw = read_yaml(path)
+    if not isinstance(raw, Mapping):
+        what = "is empty" if raw is None else f"holds {shorten(raw)}, not a mapping"
+        raise InputError(Problem(path.name, f"{what}.", f"A plan has the keys {', '.join(SECTIONS)}."))
+    return raw
+
+
+def _read_sections(
+    raw: Mapping[Any, Any], names: Iterable[str], folder: Path, problems: list[Problem]
+) -> dict[str, Any]:
+    """The sections that are there and right; what is wrong with the others is added to `problems`."""
+    values: dict[str, Any] = {}
+    for name in names:
+        kind = SECTIONS[name]
+        if raw.get(name) is None:
+            if name in MISSING:
+                problems.append(Problem(name, "is missing.", MISSING[name]))
+            continue
+        try:
+            values[name] = TypeAdapter(kind).validate_python(raw[name], context={"folder": folder})
+        except ValidationError as error:
+            problems += problems_of(error, kind, name)
+    return values
 
 
 def _read_references(
@@ -341,7 +409,10 @@ def _read_references(
             misspelt = True
             continue
         with collect(problems):
-            references[name] = Reference.model_construct(model=existing_reference(name, folder, where))
+            if is_store(folder / Path(name).expanduser()):
+                references[name] = Reference.model_construct(scores=existing_scores(name, folder, where))
+            else:
+                references[name] = Reference.model_construct(model=existing_reference(name, folder, where))
     unused = [] if misspelt else sorted(names - used)
     problems += [Problem(f"references.{name}", "is used by no method.", "Remove it.") for name in unused]
     return references

@@ -119,6 +119,11 @@ class Quality(ABC):
         """Measures of parts, by the part's name."""
         return {}
 
+    @property
+    def goals(self) -> tuple[tuple[Measure, float], tuple[Measure, float]] | None:
+        """Two measures that pull against each other, both the better the higher; None where there is one goal."""
+        return None
+
 
 LOSS = Measure(
     "held-out loss",
@@ -340,6 +345,8 @@ UNLEARNING_ERROR = _percent(
 )
 FORGET_PROBABILITY = _percent("forget probability")
 RETAIN_PROBABILITY = _percent("retain probability")
+FORGOTTEN = _percent("forgotten", "100% minus the forget probability.")
+KEPT = _percent("kept", "the retain probability.")
 FORGET_LOSS = Measure("forget loss", "nats/token", decimals=3)
 RETAIN_LOSS = Measure("retain loss", "nats/token", decimals=3)
 
@@ -401,6 +408,11 @@ class UnlearningQuality(Quality):
             FORGET_LOSS: float(nll[forget].sum() / tokens[forget].sum()),
             RETAIN_LOSS: float(nll[~forget].sum() / tokens[~forget].sum()),
         }
+
+    @property
+    def goals(self) -> tuple[tuple[Measure, float], tuple[Measure, float]]:
+        details = self.details
+        return (FORGOTTEN, 100 - details[FORGET_PROBABILITY]), (KEPT, details[RETAIN_PROBABILITY])
 
     @property
     def held_out(self) -> str:

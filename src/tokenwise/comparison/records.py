@@ -30,6 +30,8 @@ class Job:
         inputs: fingerprints of what the job reads (data, model, own code) and of the package versions. They stand in
             the key for the entries of `task` that say where these things lie (`LOCATIONS`).
         control: label of the random choice at the same budget that this method must also beat, or None.
+        reference_costs: what the reference cost, as the fields of `Costs`, where no job of the comparison makes it;
+            None where there is nothing to charge.
     """
 
     LOCATIONS: ClassVar[frozenset[str]] = frozenset(
@@ -49,12 +51,14 @@ class Job:
     reference: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     control: str | None = None
+    reference_costs: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:
         """A name for the result that changes whenever anything that decides it changes. Labels and roles do not count,
-        nor does where the files lie."""
-        decisive = {name: value for name, value in asdict(self).items() if name not in ("label", "role", "control")}
+        nor does where the files lie, nor what a reference cost elsewhere."""
+        others = ("label", "role", "control", "reference_costs")
+        decisive = {name: value for name, value in asdict(self).items() if name not in others}
         decisive["task"] = {name: value for name, value in self.task.items() if name not in self.LOCATIONS}
         text = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -109,9 +113,11 @@ class Result:
         status: ``finished``, or ``failed`` with a `reason` in one sentence.
         quality: None when failed.
         costs: of this job alone.
-        reference_costs: what training the reference cost (charged to each run that uses it); None without one.
+        reference_costs: what training the reference, or scoring the data with it, cost (charged to each run that uses
+            it); None without one.
         curve: evaluations on the way, in order.
-        weights: mean weight, effective sample size as a share, kept share: means over training.
+        weights: what the weights did, over all of the training, by the names of `Weighing.stats`: mean weight, kept
+            share, effective sample size and learning rate, gradient shares by decile of weight.
         example: one held-out piece of text as the trained method sees it: ``{"tokens": [...], "weights": [...]}``,
             the first token (which has no prediction) with weight None.
         model_dir: where the trained model lies, relative to the comparison's folder.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -12,6 +14,7 @@ from markupsafe import Markup
 from tokenwise.comparison import charts, figures
 from tokenwise.comparison.answer import Conclusion, Row
 from tokenwise.comparison.formatting import amount, duration, listing, memory, plain, ratio, signed
+from tokenwise.comparison.quality import Measure
 from tokenwise.comparison.records import Result
 from tokenwise.comparison.statistics import LEVEL, RESAMPLES, Interval
 from tokenwise.files import write_text
@@ -56,6 +59,9 @@ def write_report(
         key=lambda label: Markup(_key(styles[label])),
         cost_figures=_cost_figures(conclusion, styles),
         curve_figures=_curve_figures(conclusion, results, styles),
+        goals=_drawings([figures.goals_figure(conclusion, results, styles, wide) for wide in (True, False)]),
+        goal_measures=next((_goals(result) for result in results if _goals(result)), ()),
+        weights=_weights(conclusion, results, styles),
         differences=_drawings([figures.difference_figure(conclusion, styles, wide) for wide in (True, False)]),
         examples=_examples(conclusion, results),
         versions=_versions(results),
@@ -155,13 +161,76 @@ def _examples(conclusion: Conclusion, results: Sequence[Result]) -> dict[str, An
                 }
             )
     over = any(weight > top for weight in weights)
-    return {"methods": shown, "top": f"{top:.2g}" + (" or more" if over else "")}
+    missing = [row.label for row in conclusion.rows if row.finished and row.label not in first]
+    return {
+        "methods": shown,
+        "top": f"{top:.2g}" + (" or more" if over else ""),
+        "missing": listing(missing) if missing else "",
+    }
 
 
 def _shares(weights: Mapping[str, float]) -> str:
     """How a method spread its weight over training, in words."""
-    names = {"kept_share": "of the tokens weighted", "effective_share": "effective sample size"}
+    names = {"kept_share": "of the tokens weighted", "effective_sample_size": "effective sample size"}
     return ", ".join(f"{weights[name]:.0%} {words}" for name, words in names.items() if name in weights)
+
+
+def _goals(result: Result) -> tuple[Measure, ...]:
+    """The two goals that this result was measured by; empty where there is one."""
+    goals = result.quality.goals if result.quality is not None else None
+    return () if goals is None else tuple(measure for measure, _ in goals)
+
+
+def _weights(
+    conclusion: Conclusion, results: Sequence[Result], styles: Mapping[str, charts.Style]
+) -> list[dict[str, Any]]:
+    """What each method's weights did to the training: means over its finished runs."""
+    found = []
+    for row in conclusion.rows:
+        own = [
+            result.weights
+            for result in results
+            if result.job.kind == "run" and result.job.label == row.label and result.status == "finished"
+        ]
+        names = set.intersection(*map(set, own)) if own else set()
+        if not names:
+            continue
+        means = {name: fmean(weights[name] for weights in own) for name in names}
+        shares = [means.get(f"gradient_share_decile_{decile}") for decile in range(1, 11)]
+
+        def show(name: str, factor: float, decimals: int, means: Mapping[str, float] = means) -> str:
+            return plain(factor * means[name], decimals) if name in means else "–"
+
+        found.append(
+            {
+                "label": row.label,
+                "mean": show("mean_weight", 1, 3),
+                "effective": show("effective_sample_size", 100, 1),
+                "kept": show("kept_share", 100, 1),
+                "rate": show("effective_learning_rate", 1, 3),
+                "top": show("gradient_share_decile_10", 100, 1),
+                "deciles": _deciles([share for share in shares if share is not None], styles[row.label]),
+            }
+        )
+    return found
+
+
+def _deciles(shares: Sequence[float], style: charts.Style) -> Markup:
+    """Ten small bars."""
+    if len(shares) != 10 or not all(map(math.isfinite, shares)):
+        return Markup("–")
+    top = max(*shares, 0.2)
+    bars = "".join(
+        f'<rect x="{11 * place + 1}" y="{charts.number(29 - 28 * share / top)}" width="9" '
+        f'height="{charts.number(28 * share / top)}"/>'
+        for place, share in enumerate(shares)
+    )
+    even = charts.number(29 - 28 * 0.1 / top)
+    label = "Shares of the gradient in %, smallest weights first: " + ", ".join(plain(100 * s, 0) for s in shares)
+    return Markup(
+        f'<svg class="deciles {style.colour}" viewBox="0 0 112 30" role="img" aria-label="{label}">'
+        f'{bars}<path class="even" d="M0 {even}H112"/></svg>'
+    )
 
 
 def _token(token: str, weight: float | None, top: float) -> dict[str, Any]:
@@ -200,6 +269,11 @@ def _unmeasured(conclusion: Conclusion) -> list[str]:
         missing = [row.label for row in finished if getattr(row.costs, name) is None]
         if missing:
             found.append(f"{title} of {listing(missing)}")
+    for name, title in (("flops", "FLOPs"), ("wall_seconds", "wall time on this machine")):
+        references = [row for row in finished if row.reference_costs is not None]
+        missing = [row.label for row in references if getattr(row.reference_costs, name) is None]
+        if missing:
+            found.append(f"{title} of the reference of {listing(missing)}")
     if finished and not conclusion.seconds_comparable:
         found.append("wall time in a comparable way (runs shared the machine)")
     return found

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenwise.comparison.records import Job, Result
+from tokenwise.comparison.records import Costs, Job, Result
 from tokenwise.files import write_text
 
 
@@ -40,6 +40,8 @@ class RunFolder:
         except (OSError, ValueError, TypeError, KeyError):  # there is none, or its format is of another version
             return None
         result.job = self.job
+        if self.job.reference_costs is not None:
+            result.reference_costs = Costs(**self.job.reference_costs)
         return result
 
     def finished(self) -> bool:
@@ -69,7 +71,8 @@ class RunFolder:
             return
         result.costs.seconds_comparable = not concurrent
         charged = self.reference.result() if self.reference is not None else None
-        result.reference_costs = charged.costs if charged is not None else None
+        if charged is not None:
+            result.reference_costs = charged.costs
         result.write(self.path / "result.json")
 
 

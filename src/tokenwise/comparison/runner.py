@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tokenwise.comparison.formatting import duration
 from tokenwise.comparison.records import Job, Result
 from tokenwise.comparison.run_folder import Executor, RunFolder
 from tokenwise.errors import InputError, Problem
@@ -33,7 +36,7 @@ def run_comparison(
     """Run every job of `plan` that has no finished result in `folder` yet.
 
     References come first; a run whose reference failed is recorded as failed too. What failed before is tried again.
-    Interrupting (Ctrl-C) ends the running process and leaves what is finished.
+    Interrupting (Ctrl-C, or SIGTERM) ends the running process and leaves what is finished.
 
     Args:
         plan: what `read_plan` gives; its `prepare` is called here, under the lock.
@@ -48,7 +51,7 @@ def run_comparison(
         InputError: when another comparison is at work in the folder, or Ray is asked for and not installed.
     """
     folder = Path(folder).absolute()
-    with _locked(folder), _Display(console or Console()) as display:
+    with _ended_by_sigterm(), _locked(folder), _Display(console or Console()) as display:
         plan.prepare(folder, display.stage)
         folders = _run_folders(plan.jobs(folder), folder / "runs")
         display.expect(len(folders))
@@ -99,6 +102,27 @@ def _executor(ray: str | None) -> Executor:
 
 
 @contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Leave by an exception when the system asks this process to end, so that no job is left behind.
+
+    A handler of the caller's own stays, and so does everything in other threads than the main one.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other comparisons out of the folder. The system drops the lock of a process that dies."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,8 +164,10 @@ class _Display(AbstractContextManager["_Display"]):
         self._live.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._live.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit) and self._total:
+            self._print("Finished runs are kept; the same command continues.")
 
     def stage(self, what: str) -> None:
         """Show what is being prepared."""
@@ -159,6 +185,13 @@ class _Display(AbstractContextManager["_Display"]):
         if event["event"] == "progress":
             now = f"{run.name}: {event['share']:.0%}, loss {event['loss']:.3f}"
             self._live.update(self._bar, completed=self._done + event["share"], now=now)
+        elif event["event"] == "silent":
+            said = f"nothing heard for {duration(event['seconds'])}"
+            if event["stopped"]:
+                said += f": its process is stopped (kill -CONT {event['process']} lets it go on)"
+            self._live.update(self._bar, now=f"{run.name}: {said}")
+            if not self._console.is_terminal:
+                self._print(f"{run.name}: {said}")
         else:
             self._live.update(self._bar, now=f"{run.name}: starting")
 

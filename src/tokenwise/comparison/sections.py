@@ -27,6 +27,7 @@ from pydantic_core import CoreSchema, core_schema
 from tokenwise.documents import find_files
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models import load
+from tokenwise.scores.layout import Manifest, is_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -204,11 +205,20 @@ class Budget(Section):
 def _reference_model(value: Any, info: ValidationInfo) -> Path:
     if not isinstance(value, str) or not value:
         raise InputError(Problem("", f"{shorten(value)} is not a model.", "Write a directory or a hub id."))
+    if is_store(_folder(info) / value):
+        raise InputError(Problem("", f"{value!r} holds token scores, not a model.", f"Write scores: {value}"))
     return existing_reference(value, _folder(info), "")
 
 
+def _scores(value: Any, info: ValidationInfo) -> Path:
+    if not isinstance(value, str) or not value:
+        raise InputError(Problem("", f"{shorten(value)} is not a folder of token scores.", "Write its path."))
+    return existing_scores(value, _folder(info), "")
+
+
 class Reference(Section):
-    """A model that methods compare with: trained on data of its own, or an existing one, which costs nothing."""
+    """A model that methods compare with: trained on data of its own, or an existing one, which costs nothing; or what
+    one said of the training data, kept by `tokenwise score`."""
 
     train_on: Files | None = None
     """Text to train it on: a path, a list of paths or a glob."""
@@ -216,13 +226,16 @@ class Reference(Section):
     """Its own budget, where it differs from the plan's."""
     model: Annotated[Path, PlainValidator(_reference_model)] | None = None
     """Instead: a directory or hub id of an existing model."""
+    scores: Annotated[Path, PlainValidator(_scores)] | None = None
+    """Instead: a folder of token scores of the training data."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.train_on is None) == (self.model is None):
-            raise InputError(Problem("", "needs either train_on or model.", "Write one of the two."))
-        if self.model is not None and self.budget is not None:
-            raise InputError(Problem(".budget", "is not used: the model exists already.", "Leave it out."))
+        if sum(source is not None for source in (self.train_on, self.model, self.scores)) != 1:
+            raise InputError(Problem("", "needs one of train_on, model and scores.", "Write one of the three."))
+        if self.train_on is None and self.budget is not None:
+            what = "model exists" if self.model is not None else "scores exist"
+            raise InputError(Problem(".budget", f"is not used: the {what} already.", "Leave it out."))
         return self
 
 
@@ -264,6 +277,19 @@ def existing_reference(name: str, folder: Path, where: str) -> Path:
     load.read_config(directory, where)
     load.check_weights(directory, where)
     return directory
+
+
+def existing_scores(name: str, folder: Path, where: str) -> Path:
+    """The folder of finished token scores with log-probabilities; an InputError names `where` when it is none."""
+    path = (folder / Path(name).expanduser()).resolve()
+    manifest = Manifest.read(path, where)
+    if not manifest.complete:
+        message = f"the scores in {str(path)!r} are not finished."
+        raise InputError(Problem(where, message, "Run tokenwise score again: it continues where it stopped."))
+    if "logp" not in manifest.columns:
+        message = f"the scores in {str(path)!r} have no 'logp', only {', '.join(manifest.columns)}."
+        raise InputError(Problem(where, message, "Score the data with --statistics logp."))
+    return path
 
 
 _T = TypeVar("_T", bound=BaseModel)

@@ -24,6 +24,7 @@ from tokenwise.comparison.training import (
     build_method,
     labelled_row,
     pad_rows,
+    reads_scores,
     run_training,
 )
 from tokenwise.models.load import load_tokenizer, make_or_load_model, padding_id
@@ -54,7 +55,7 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         rows=_Rows(Responses.load(task["train_rows"]), method.reads),
         held_out=HeldOutResponses(held_out, tokenizer, task),
         attach=partial(weigh, normalize=task["training"]["normalize"]),
-        collate=partial(pad_rows, padding=padding, mask=False),
+        collate=partial(pad_rows, padding=padding, mask=reads_scores(method)),
         metered_steps=METERED_STEPS,
         shown=(held_out.input_ids[shown], held_out.labels[shown]),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 
 from tokenwise.comparison import data as blocks_of
@@ -145,6 +146,11 @@ class Task(Section, ABC):
     def prepare_held_out(self, path: Path, given: Preparation) -> None:
         """Turn the held-out data into a file of token ids."""
 
+    def rows(self, train: Path) -> Iterator[NDArray[np.int32]]:
+        """The token ids of each row of a file that `prepare_train` wrote, as the runs train on them: [tokens]."""
+        found = Ragged.load(train)
+        return (found.input_ids[found.span(index)] for index in range(len(found)))
+
     def remark(self, train: Path, held_out: Path) -> str:
         """What a reader should know of the prepared data, in words."""
         rows = Ragged.remark_of(train), Ragged.remark_of(held_out)
@@ -242,6 +248,9 @@ class LanguageModeling(Task):
             texts = self.texts(self.data.eval, "task.data.eval")
             windows = blocks_of.held_out_windows(texts, given.tokenizer, self.sequence_length, "task.data.eval")
             write_binary(path, windows.save)
+
+    def rows(self, train: Path) -> Iterator[NDArray[np.int32]]:
+        return iter(np.load(train, mmap_mode="r"))
 
     def remark(self, train: Path, held_out: Path) -> str:
         return ""

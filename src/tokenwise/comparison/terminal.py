@@ -100,5 +100,7 @@ def _seconds(row: Row) -> str:
     if not row.costs.seconds_comparable:
         return "not comparable"
     own = duration(row.costs.wall_seconds)
-    reference = row.reference_costs.wall_seconds if row.reference_costs else None
-    return own if reference is None else f"{own}\n+ ref {duration(reference)}"
+    if row.reference_costs is None:
+        return own
+    reference = row.reference_costs.wall_seconds
+    return f"{own}\n+ ref {'–' if reference is None else duration(reference)}"

@@ -28,19 +28,27 @@ from transformers import (
 )
 
 from tokenwise import catalog
-from tokenwise.comparison.flops import FlopMeter
 from tokenwise.comparison.quality import Quality
 from tokenwise.comparison.records import Job, Point, Result
 from tokenwise.comparison.rows import Labelled
 from tokenwise.comparison.spending import Spending, learning_rate_factor
 from tokenwise.method import Handle, Method
+from tokenwise.models import machine
+from tokenwise.models.flops import FlopMeter
+from tokenwise.scores.layout import is_store
 from tokenwise.signals.head import IGNORED
 from tokenwise.weighting.apply import token_weights
 from tokenwise.weighting.base import TokenWeighter
+from tokenwise.weighting.diagnostics import DECILES
 
 EXAMPLE_TOKENS = 100
 METERED_STEPS = 4
 """Where steps differ in length, operations are a mean over so many."""
+WEIGHTS = (
+    *("mean_weight", "effective_sample_size", "kept_share", "effective_learning_rate"),
+    *(f"gradient_share_decile_{decile}" for decile in range(1, DECILES + 1)),
+)
+"""What a result keeps of a `Weighing`'s stats."""
 _PROGRESS_SECONDS = 0.5
 _ENDLESS = 2**40
 
@@ -134,8 +142,7 @@ def run_training(
         course = _Course(spending, model, held_out, training["evaluations"], progress)
         trainer.add_callback(course)
         _train(trainer)
-        names = ("mean_weight", "effective_sample_size", "kept_share")
-        weights = {name: handle.stats[name] for name in names if name in handle.stats}
+        weights = {name: handle.stats[name] for name in WEIGHTS if name in handle.stats}
 
     quality, point = held_out.measure(model)
     if not quality.finite:
@@ -168,6 +175,13 @@ def build_method(job: Job) -> Method:
         fields = {**fields, "reference": job.task["reference"]}
     folder = Path(job.task["method_folder"]) if "method_folder" in job.task else None
     return catalog.build({name: fields}, "method", folder, "weighting")
+
+
+def reads_scores(method: Method) -> bool:
+    """Whether the method's reference is a folder of token scores. They are found by the ids of a row without its
+    padding, so that batches need a mask."""
+    reference = getattr(method, "reference", None)
+    return reference is not None and is_store(reference)
 
 
 class EndlessRows(Dataset[Row]):
@@ -406,8 +420,9 @@ def example_of(
     labels: NDArray[np.int32],
     seed: int,
 ) -> dict[str, list[Any]] | None:
-    """The start of a text with the weight the method gives each token now; None where it needs columns for that."""
-    if method.reads & {"loss_weights", "sample_id"}:
+    """The start of a text with the weight the method gives each token now; None where it needs columns for that, or
+    scores, which are of the training data."""
+    if method.reads & {"loss_weights", "sample_id"} or reads_scores(method):
         return None
     ids, targets = (values[:EXAMPLE_TOKENS].tolist() for values in (input_ids, labels))
     weights = token_weights(model, method, ids, seed, labels=targets).weights
@@ -415,11 +430,10 @@ def example_of(
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("tokenwise", "torch", "transformers", "accelerate")},
-        "machine": f"{platform.system()} {machine}",
+        "machine": machine.name_of(device),
         "device": device.type,
         "threads": str(torch.get_num_threads()),
     }

@@ -5,7 +5,8 @@ line; ``result.json`` and ``log.txt`` appear beside the job file.
 
 ``python -m tokenwise.comparison.worker --serve`` reads paths of job files from stdin and runs each in a new process,
 one after the other; after each it prints ``{"event": "end", "returncode": ...}``. Where processes can fork, the
-libraries are imported once for all of them: that import takes longer than many a small run.
+libraries are imported once for all of them: that import takes longer than many a small run. When its stdin is closed
+while a job runs, whoever started it is gone, however that came: it ends at once, and the job with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +25,9 @@ from typing import Any
 from tokenwise.comparison.records import Job, Result
 from tokenwise.comparison.tasks import TASKS
 from tokenwise.errors import InputError
+
+_LOOK_EVERY = 100
+"""Milliseconds between two looks at a job where the system does not report its end."""
 
 
 def run_job(path: Path, out: int) -> Result:
@@ -104,7 +109,7 @@ def _serve() -> int:
             importlib.import_module(task.runs_in)
     for line in sys.stdin:
         path = line.rstrip("\n")
-        code = _fork(path) if forks else subprocess.call([sys.executable, "-m", __spec__.name, path])
+        code = _fork(path) if forks else _spawn(path)
         print(json.dumps({"event": "end", "returncode": code}), flush=True)
     return 0
 
@@ -133,7 +138,33 @@ def _fork(path: str) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return _wait(process)
+
+
+def _spawn(path: str) -> int:
+    """Run a job in a new process. Returns its exit code, negative for a signal."""
+    process = subprocess.Popen([sys.executable, "-P", "-m", __spec__.name, path], stdin=subprocess.DEVNULL)
+    return process.wait() if sys.platform == "win32" else _wait(process.pid)
+
+
+def _wait(process: int) -> int:
+    """Wait for a job, but no longer than someone holds the other end of stdin."""
+    watched = select.poll()
+    watched.register(0, 0)  # nothing but the other end's closing
+    ended = os.pidfd_open(process) if hasattr(os, "pidfd_open") else None
+    if ended is not None:
+        watched.register(ended, select.POLLIN)
+    try:
+        while True:
+            for handle, _ in watched.poll(None if ended is not None else _LOOK_EVERY):
+                if handle == 0:
+                    os.killpg(0, signal.SIGKILL)  # the server's session: the job, what it started, and this process
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+    finally:
+        if ended is not None:
+            os.close(ended)
 
 
 if __name__ == "__main__":

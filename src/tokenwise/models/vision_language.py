@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.tap import AttentionCall, listen
 
-Kind = Literal["class_row", "columns", "keys"]
+Kind = Literal["class_row", "columns", "keys", "projector_inputs"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,20 @@ class Signal:
 
     Args:
         kind: ``class_row``: attention of the class token to each patch; ``columns``: attention each patch receives,
-            as a mean over all queries; ``keys``: each patch's keys.
-        layer: index of the block, from 0, or from the end with -1 for the last.
+            as a mean over all queries; ``keys``: each patch's keys; ``projector_inputs``: what the projector reads, in
+            the model's own type.
+        layer: index of the block, from 0, or from the end with -1 for the last; not read for ``projector_inputs``.
         heads: what becomes of the heads: their ``mean``, or ``sum``; ``one`` makes queries and keys of all heads one
             head of their whole width.
     """
 
     kind: Kind
-    layer: int
+    layer: int = -1
     heads: Literal["mean", "sum", "one"] = "mean"
+
+
+PROJECTOR_INPUTS = Signal("projector_inputs")
+"""What the projector makes each patch's feature of."""
 
 
 @dataclass
@@ -43,7 +48,10 @@ class EncodedImage:
             row is no patch (the newline of tiled images).
         patch: which rows are patches, [tokens], bool.
         grid: (rows, columns) of patches where they are one grid; else None.
-        tile: the tile of each row, [tokens], int64; 0 everywhere for untiled images.
+        tile: the tile of each row, [tokens], int64; 0 everywhere for untiled images, and where a tiled one has an
+            overview.
+        tile_grid: (rows, columns) of the tiles 1, 2, ... that make up the image beside its overview; else None.
+        projector: makes features of projector inputs, one row at a time; None where the model has no such projector.
     """
 
     features: Tensor
@@ -51,6 +59,8 @@ class EncodedImage:
     patch: Tensor
     grid: tuple[int, int] | None = None
     tile: Tensor | None = None
+    tile_grid: tuple[int, int] | None = None
+    projector: nn.Module | None = None
 
 
 @dataclass
@@ -114,12 +124,23 @@ class VisionLanguageModel:
 
         return find_encoder(self.tower).prefix
 
+    def projector(self) -> nn.Module | None:
+        """The module that makes features of the tower's patches, where it makes each of one; else None."""
+        return None
+
     def encode(self, batch: dict[str, Any], signals: Iterable[Signal] = ()) -> Encoded:
         """Encode the images of a batch, and record signals on the way."""
         recorded: dict[Signal, list[Tensor]] = {}
-        modules = self.attention_modules() if signals else []
+        signals = tuple(dict.fromkeys(signals))
+        projector = self.projector()
+        modules = self.attention_modules() if any(signal != PROJECTOR_INPUTS for signal in signals) else []
         with ExitStack() as stack:
-            for signal in dict.fromkeys(signals):
+            for signal in signals:
+                if signal == PROJECTOR_INPUTS:
+                    assert projector is not None
+                    calls = recorded.setdefault(signal, [])
+                    stack.callback(projector.register_forward_pre_hook(_keeper(calls)).remove)
+                    continue
                 if not -len(modules) <= signal.layer < len(modules):
                     message = f"{signal.layer} is none of the vision tower's {len(modules)}."
                     raise InputError(Problem("layer", message, "Count from 0, or from the end with -1."))
@@ -127,7 +148,10 @@ class VisionLanguageModel:
                 stack.callback(listen(modules[signal.layer], self._recorder(signal, calls)))
             output = self.features(batch)
         found = {signal: self.gather(parts) for signal, parts in recorded.items()}
-        return Encoded(self.images(output, found, batch), output, tuple(key for key in self.pixels if key in batch))
+        images = self.images(output, found, batch)
+        for image in images:
+            image.projector = projector
+        return Encoded(images, output, tuple(key for key in self.pixels if key in batch))
 
     def features(self, batch: dict[str, Any]) -> Any:
         """What the model's own encoding gives."""
@@ -176,31 +200,37 @@ class VisionLanguageModel:
         return record
 
 
+def _keeper(calls: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda _, inputs: calls.append(inputs[0])
+
+
 class Llava(VisionLanguageModel):
     """LLaVA: every image is one grid of patches, in their order."""
 
     kinds = ("llava",)
     pixels = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
+    def projector(self) -> nn.Module | None:
+        return self.inner.multi_modal_projector
+
     def images(self, output: Any, signals: dict[Signal, Tensor], batch: dict[str, Any]) -> list[EncodedImage]:
         made = []
+        strategy = batch.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        # With "full" the class token is passed on as well.
+        extra = self.prefix() if strategy == "full" else 0
         for index, features in enumerate(output.pooler_output):
             count = features.shape[0]
-            own = {signal: values[index] for signal, values in signals.items()}
-            patch = torch.ones(count, dtype=torch.bool, device=features.device)
-            extra = count - next((values.shape[0] for values in own.values()), count)
-            if extra:  # the class token is passed on as well
-                patch[:extra] = False
-                own = {signal: _behind(values, extra) for signal, values in own.items()}
+            own = {signal: _behind(values[index], count) for signal, values in signals.items()}
+            patch = torch.arange(count, device=features.device) >= extra
             side = round((count - extra) ** 0.5)
             grid = (side, side) if side * side == count - extra else None
             made.append(EncodedImage(features, own, patch, grid))
         return made
 
 
-def _behind(values: Tensor, extra: int) -> Tensor:
-    """`values` behind `extra` rows that have none."""
-    return torch.cat([values.new_full((extra, *values.shape[1:]), torch.nan), values])
+def _behind(values: Tensor, count: int) -> Tensor:
+    """`values` behind as many rows that have none as make `count` rows of them."""
+    return torch.cat([values.new_full((count - values.shape[0], *values.shape[1:]), torch.nan), values])
 
 
 LAYOUTS: tuple[type[VisionLanguageModel], ...] = (Llava,)

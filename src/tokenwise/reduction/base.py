@@ -33,7 +33,8 @@ class TokenReducer(Method):
     site: ClassVar[Literal["encoder", "input", "decoder"]]
     """Where: in the blocks of an encoder, at the input of a language model, or in its layers."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the method looks at: ``attention`` (queries, keys, values), ``class_token`` (there must be one)."""
+    """What the method looks at: ``attention`` (queries, keys, values), ``class_token`` (there must be one),
+    ``projector`` (one that reads each patch by itself)."""
     merges: ClassVar[bool] = False
     """Whether tokens that go leave something behind in those that stay."""
 
@@ -143,6 +144,9 @@ class InputReducer(TokenReducer):
     site: ClassVar[Literal["encoder", "input", "decoder"]] = "input"
     conditioned: ClassVar[bool] = False
     """Whether the choice depends on the text beside the image."""
+    before_projector: ClassVar[bool] = False
+    """Whether it mixes what the projector reads, where the model has a projector that reads each row by itself;
+    elsewhere, and otherwise, it mixes the features."""
 
     def signals(self) -> tuple[Signal, ...]:
         """What is recorded of the vision tower; nothing unless given."""
@@ -154,4 +158,4 @@ class InputReducer(TokenReducer):
 
     @abstractmethod
     def select(self, image: EncodedImage, count: int) -> Merge | Mixture:
-        """What becomes of one image's rows, as a batch of 1, so that `count` are left."""
+        """What becomes of one image's rows, as a batch of 1, so that `count` are left, or the next fewer possible."""

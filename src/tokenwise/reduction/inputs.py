@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.vision_language import VisionLanguageModel, vision_language_model
+from tokenwise.models.vision_language import PROJECTOR_INPUTS, EncodedImage, VisionLanguageModel, vision_language_model
 from tokenwise.reduction.base import InputReducer
+from tokenwise.reduction.merge import Merge, Mixture
 from tokenwise.signals.head import IGNORED
 
 Positions = Literal["original", "compact"]
@@ -83,7 +84,8 @@ def prune(
         raise InputError(
             Problem("batch.input_ids", "is missing.", "Give token ids with a placeholder for each image feature.")
         )
-    encoded = layout.encode(inputs, method.signals())
+    mixes_inputs = method.before_projector and layout.projector() is not None
+    encoded = layout.encode(inputs, (*method.signals(), PROJECTOR_INPUTS) if mixes_inputs else method.signals())
     place = layout.placeholders(input_ids)
     rows = [image.features.shape[0] for image in encoded.images]
     if int(place.sum()) != sum(rows):
@@ -105,8 +107,7 @@ def prune(
                 Problem(f"{type(method).__name__}.keep", "leaves no token of an image.", "Keep at least one.")
             )
         change = method.select(image, count)
-        size = torch.ones(1, image.features.shape[0], device=image.features.device)
-        features.append(change.apply(image.features.unsqueeze(0), size)[0])
+        features.append(_project_changed(image, change) if mixes_inputs else _changed(image.features, change))
         kept.append(change.kept[0])
     before, after = sum(rows), sum(part.shape[0] for part in kept)
     stays = ~place
@@ -122,6 +123,19 @@ def prune(
     return Pruned(made, kept, before, after)
 
 
+def _changed(rows: Tensor, change: Merge | Mixture) -> Tensor:
+    return change.apply(rows.unsqueeze(0), torch.ones(1, rows.shape[0], device=rows.device))[0]
+
+
+def _project_changed(image: EncodedImage, change: Merge | Mixture) -> Tensor:
+    """Features of what `change` makes of the projector's inputs; rows that are no patches are passed on."""
+    assert image.projector is not None
+    inputs = image.signals[PROJECTOR_INPUTS].masked_fill(~image.patch.unsqueeze(1), 0)
+    made = image.projector(_changed(inputs, change))
+    kept = change.kept[0]
+    return torch.where(image.patch[kept].unsqueeze(1), made, image.features[kept])
+
+
 def check_layout(layout: VisionLanguageModel, method: InputReducer) -> None:
     """Refuse a method that reads what the vision tower does not have."""
     if "class_token" in method.reads and not layout.has_class_token():
@@ -131,6 +145,15 @@ def check_layout(layout: VisionLanguageModel, method: InputReducer) -> None:
                 f"the vision tower of {type(layout.model).__name__} has no class token, which {type(method).__name__} "
                 "reads.",
                 "Use a method that reads the mean over all queries (hi_prune) or the features alone (div_prune).",
+            )
+        )
+    if "projector" in method.reads and layout.projector() is None:
+        raise InputError(
+            Problem(
+                "model",
+                f"{type(layout.model).__name__} has no projector that reads each patch by itself, as "
+                f"{type(method).__name__} needs it.",
+                "Use a method that reads the features alone (div_prune).",
             )
         )
 

@@ -23,6 +23,7 @@ from tokenwise.errors import InputError, Problem, missing_file
 from tokenwise.files import write_binary, write_text
 
 MANIFEST = "manifest.json"
+COSTS = "costs.jsonl"
 COLUMNS = {"logp": ("logp",), "entropy": ("entropy",), "rank": ("rank",), "top_k": ("top_ids", "top_logp")}
 """The columns of each statistic."""
 TYPES = {"logp": np.float16, "entropy": np.float16, "rank": np.int32, "top_ids": np.int32, "top_logp": np.float16}
@@ -38,6 +39,21 @@ _GROUP_TOKENS = 2**16
 def row_key(ids: NDArray[np.int32]) -> bytes:
     """The name of a row: a hash of its token ids."""
     return hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=_KEY_BYTES).digest()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What computing scores took. None means "not known", never zero.
+
+    Args:
+        flops: of the forward passes and the statistics.
+        seconds: of the same, loading and tokenising excluded; None also where several workers shared the work.
+        machine: what they ran on, as `speed_of` says; None where it was more than one.
+    """
+
+    flops: float | None = None
+    seconds: float | None = None
+    machine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class Manifest:
         truncated: rows that were cut.
         empty: records without a token, which are left out.
         shards: how many files there are.
+        cost: what computing all of it took, also what was lost when a run was killed.
     """
 
     DECIDING: ClassVar[tuple[str, ...]] = (
@@ -88,6 +105,7 @@ class Manifest:
     truncated: int = 0
     empty: int = 0
     shards: int = 0
+    cost: Cost = field(default_factory=Cost)
     kind: str = field(default=_KIND)
     format: int = 1
 
@@ -121,10 +139,12 @@ class Manifest:
             fix = "Make one: tokenwise score MODEL DATA --out DIR."
             raise InputError(Problem(where, f"{str(folder)!r} holds no token scores.", fix))
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if values.get("format") != cls.format or set(values) != {entry.name for entry in fields(cls)}:
+        known = {entry.name for entry in fields(cls)}
+        if values.get("format") != cls.format or set(values) | {"cost"} != known:
             message = f"{str(folder)!r} was written by tokenwise {values.get('tokenwise')} in another format."
             raise InputError(Problem(where, message, "Score the data again."))
-        return cls(**values)
+        # Stores from before costs were kept have none.
+        return cls(**{**values, "cost": Cost(**values.get("cost", {}))})
 
 
 def is_store(path: str | Path) -> bool:
@@ -192,9 +212,15 @@ def shard_table(shard: Shard, columns: dict[str, NDArray[Any]]) -> pyarrow.Table
     return pyarrow.table(arrays).replace_schema_metadata({"tokenwise": json.dumps(shard.facts())})
 
 
+def table_facts(table: pyarrow.Table) -> dict[str, int]:
+    """What a shard's table says of the shard."""
+    facts: dict[str, int] = json.loads(table.schema.metadata[b"tokenwise"])
+    return facts
+
+
 def write_shard(folder: Path, table: pyarrow.Table) -> dict[str, int]:
     """Write a shard's table to its file, atomically; returns its facts."""
-    facts: dict[str, int] = json.loads(table.schema.metadata[b"tokenwise"])
+    facts = table_facts(table)
     rows_at_once = max(1, facts["rows"] * _GROUP_TOKENS // max(facts["tokens"], 1))
     write_binary(
         shard_file(folder, facts["index"]),
@@ -203,6 +229,31 @@ def write_shard(folder: Path, table: pyarrow.Table) -> dict[str, int]:
         ),
     )
     return facts
+
+
+def add_cost(folder: Path, index: int, cost: Cost) -> None:
+    """Note what a shard cost, before its file is written: what is computed twice is counted twice."""
+    with (folder / COSTS).open("a", encoding="utf-8") as stream:
+        # The line's end comes first, so that half a line of a killed run spoils no other.
+        stream.write("\n" + json.dumps({"shard": index, **asdict(cost)}))
+
+
+def read_cost(folder: Path, shards: int) -> Cost:
+    """What all noted computations cost together; unknown where a shard has no note, or one of its notes is unknown."""
+    try:
+        lines = (folder / COSTS).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Cost()
+    notes = [json.loads(line) for line in lines if line.endswith("}")]
+    if {note["shard"] for note in notes} != set(range(shards)):
+        return Cost()
+    flops, seconds = ([note[name] for note in notes] for name in ("flops", "seconds"))
+    machines = {note["machine"] for note in notes}
+    return Cost(
+        flops=None if None in flops else sum(flops),
+        seconds=None if None in seconds or len(machines) != 1 else sum(seconds),
+        machine=machines.pop() if len(machines) == 1 else None,
+    )
 
 
 def read_facts(folder: Path, index: int) -> dict[str, int] | None:

@@ -50,7 +50,7 @@ def open_source(data: Any, name: str, field: str = "data") -> Source:
 
     Args:
         data: a path, a glob or a list of them (text files, JSON lines, JSON, Parquet, folders that datasets saved); a
-            `datasets.Dataset`; or a list of records or of rows of token ids.
+            `datasets.Dataset`; a list of records or of rows of token ids; or a Source, which is returned as it is.
         name: the field or column that holds text, messages or token ids.
         field: the field to name in an error.
 
@@ -59,6 +59,8 @@ def open_source(data: Any, name: str, field: str = "data") -> Source:
     """
     from datasets import Dataset
 
+    if isinstance(data, Source):
+        return data
     if isinstance(data, Dataset):
         if name not in data.column_names:
             check_field(name, data.column_names, "the dataset", field)

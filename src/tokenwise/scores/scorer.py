@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenwise.models.adapters import adapters_disabled
+from tokenwise.models.flops import FlopMeter
 from tokenwise.models.head import base_of, last_hidden, output_head
-from tokenwise.scores.layout import COLUMNS, NOT_PREDICTED, TYPES, Shard, shard_table
+from tokenwise.models.load import max_positions
+from tokenwise.scores.layout import COLUMNS, NOT_PREDICTED, TYPES, Cost, Shard, shard_table
 from tokenwise.signals.head import token_statistics
+
+_METERED = 32
+"""Tokens of the rows whose operations are counted."""
 
 
 class Scorer:
@@ -37,9 +44,53 @@ class Scorer:
         self.batch_tokens = batch_tokens
         self.adapters = adapters
 
-    def table(self, shard: Shard) -> pyarrow.Table:
-        """The table of a shard, see `layout`."""
-        return shard_table(shard, self.columns(shard.rows))
+    def table(self, shard: Shard) -> tuple[pyarrow.Table, Cost]:
+        """The table of a shard, see `layout`, and what it cost."""
+        flops = self.flops([len(row) for row in shard.rows])
+        started = time.perf_counter()
+        table = shard_table(shard, self.columns(shard.rows))
+        return table, Cost(flops, time.perf_counter() - started)
+
+    def flops(self, lengths: Sequence[int]) -> float | None:
+        """Operations that `columns` takes for rows of these lengths; None where they cannot be told.
+
+        Counted on three short passes and scaled: the cost of a batch is linear in its tokens, in the pairs of tokens of
+        its rows, padding included, and in what is predicted.
+        """
+        if self._flops is None:
+            return None
+        per_token, per_pair, per_label = self._flops
+        total = 0.0
+        for batch in batches(lengths, self.batch_tokens):
+            longest, labels = lengths[batch[0]], sum(lengths[index] - 1 for index in batch)
+            total += len(batch) * (per_token * longest + per_pair * longest**2) + per_label * labels
+        return total
+
+    @cached_property
+    def _flops(self) -> tuple[float, float, float] | None:
+        """Operations for each token, for each pair of tokens in a row, and for each label."""
+        long = min(_METERED, max_positions(base_of(self.model).config) or _METERED)
+        if long < 4:
+            return None
+        short = long // 2
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with adapters_disabled(self.model, not self.adapters), torch.no_grad():
+                one, two, half = (self._metered(lengths) for lengths in ([long], [long, 2], [short]))
+        finally:
+            self.model.train(was_training)
+        # A second row of one label costs as much again as the first, but for the other labels.
+        label = (2 * one - two) / (long - 2)
+        whole, part = (one - label * (long - 1)) / long, (half - label * (short - 1)) / short
+        pair = (whole - part) / (long - short)
+        return whole - pair * long, pair, label
+
+    def _metered(self, lengths: Sequence[int]) -> int:
+        meter = FlopMeter()
+        with meter:
+            self._score([np.zeros(length, dtype=np.int32) for length in lengths], np.zeros(len(lengths), np.int64))
+        return meter.flops
 
     @torch.no_grad()
     def columns(self, rows: list[NDArray[np.int32]]) -> dict[str, NDArray[Any]]:

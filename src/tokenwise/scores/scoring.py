@@ -20,7 +20,19 @@ from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.models.adapters import adapters_disabled, has_adapters, parameters_fingerprint
 from tokenwise.models.head import base_of, check_head, output_head
 from tokenwise.models.load import has_tokenizer, load_model, load_tokenizer, locate, max_positions, read_config
-from tokenwise.scores.layout import COLUMNS, Manifest, Shard, is_store, read_facts, write_shard
+from tokenwise.models.machine import speed_of
+from tokenwise.scores.layout import (
+    COLUMNS,
+    Cost,
+    Manifest,
+    Shard,
+    add_cost,
+    is_store,
+    read_cost,
+    read_facts,
+    table_facts,
+    write_shard,
+)
 from tokenwise.scores.rows import Encoder, Source, kind_of, make_shards, open_source
 from tokenwise.scores.scorer import Scorer
 from tokenwise.scores.store import ScoreStore
@@ -257,8 +269,9 @@ def _run(
                 totals[name] += facts[name]
             display.update(facts["records"], facts["tokens"] if scored else 0)
 
-        tables = (scorer.table(shard) for shard in to_do()) if ray is None else _on_cluster(ray, scorer, to_do())
-        for table in tables:
+        tables = _here(scorer, to_do()) if ray is None else _on_cluster(ray, scorer, to_do())
+        for table, cost in tables:
+            add_cost(folder, table_facts(table)["index"], cost)
             count(write_shard(folder, table), scored=True)
     replace(
         manifest,
@@ -268,11 +281,23 @@ def _run(
         tokens=totals["tokens"],
         truncated=totals["truncated"],
         empty=totals["records"] - totals["rows"],
+        cost=read_cost(folder, shards),
     ).write(folder)
 
 
-def _on_cluster(address: str, scorer: Scorer, shards: Iterator[Shard]) -> Iterator[pyarrow.Table]:
-    """The tables of the shards as they are ready, in any order. Every worker holds the model once."""
+def _here(scorer: Scorer, shards: Iterator[Shard]) -> Iterator[tuple[pyarrow.Table, Cost]]:
+    """The tables of the shards in their order, and what each cost."""
+    machine = speed_of(base_of(scorer.model).device)
+    for shard in shards:
+        table, cost = scorer.table(shard)
+        yield table, replace(cost, machine=machine)
+
+
+def _on_cluster(address: str, scorer: Scorer, shards: Iterator[Shard]) -> Iterator[tuple[pyarrow.Table, Cost]]:
+    """The tables of the shards as they are ready, in any order, and what each cost. Every worker holds the model once.
+
+    The seconds of workers beside one another are those of no machine.
+    """
     import ray
     from ray.util import ActorPool
 
@@ -307,8 +332,9 @@ class _Worker:
         self._scorer = scorer
         nn.Module.to(scorer.model, "cuda" if torch.cuda.is_available() else "cpu")
 
-    def table(self, shard: Shard) -> pyarrow.Table:
-        return self._scorer.table(shard)
+    def table(self, shard: Shard) -> tuple[pyarrow.Table, Cost]:
+        table, cost = self._scorer.table(shard)
+        return table, replace(cost, seconds=None)
 
 
 class _Display(AbstractContextManager["_Display"]):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ from tokenwise.weighting.forward import COLUMNS, sequence_ids, shifted
 from tokenwise.weighting.logit_objective import LogitObjective, States, logit_sum
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 from tokenwise.weighting.weighing import Weighing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tokenwise.scores import StoredReference
+
+StoredLosses = Callable[[Tensor, Tensor], Tensor]
+"""Losses of a batch's labels from a store, given their rows and the labels."""
 
 REFERENCE_COLUMN = "reference_nll"
 """As the name of a reference: its losses come with the data, in the column of this name."""
@@ -77,10 +86,42 @@ class Objective(Method):
         """Whether a term reads a reference model, and its losses do not come with the data."""
         return any(term.reference for term in self.terms()) and getattr(self, "reference", None) != REFERENCE_COLUMN
 
+    def check_stored(self, field: str = "reference") -> None:
+        """Refuse a folder of token scores as the reference of a term that compares whole distributions.
 
-def load_frozen(target: torch.nn.Module, model: PreTrainedModel, method: Objective) -> FrozenStates | None:
-    """The reference of an objective: the model it names, or `target` as it is now; None where it reads none."""
-    return FrozenStates(getattr(method, "reference", None), target, model) if method.needs_reference() else None
+        Raises:
+            InputError: naming `field` and the term.
+        """
+        for term in self.terms():
+            if term.reference and isinstance(term.loss, LogitObjective):
+                message = f"the {term.name} term of {type(self).__name__} compares the distributions over all tokens, "
+                message += "and token scores have the probabilities of the labels alone."
+                raise InputError(Problem(field, message, "Name a model, or leave reference out where that is allowed."))
+
+
+def load_frozen(
+    target: torch.nn.Module,
+    model: PreTrainedModel,
+    method: Objective,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> FrozenStates | StoredReference | None:
+    """The reference of an objective: the model or the folder of token scores it names, or `target` as it is now; None
+    where it reads none.
+
+    Raises:
+        InputError: when it cannot be opened, or the method needs more than token scores hold.
+    """
+    if not method.needs_reference():
+        return None
+    path = getattr(method, "reference", None)
+    if path is not None:
+        from tokenwise.scores.layout import is_store
+        from tokenwise.scores.reference import StoredReference
+
+        if is_store(path):
+            method.check_stored()
+            return StoredReference(path, model, tokenizer)
+    return FrozenStates(path, target, model)
 
 
 class ObjectiveForward:
@@ -97,7 +138,11 @@ class ObjectiveForward:
     normalize = "none"
 
     def __init__(
-        self, model: PreTrainedModel, method: Objective, reference: FrozenStates | None, low_memory: bool = False
+        self,
+        model: PreTrainedModel,
+        method: Objective,
+        reference: FrozenStates | StoredReference | None,
+        low_memory: bool = False,
     ):
         self.model = model
         self.method = method
@@ -141,7 +186,7 @@ class ObjectiveForward:
         columns = {name: shifted(values, 0) for name in COLUMNS if (values := inputs.pop(name, None)) is not None}
         targets = _targets(labels, shift_labels)
         # Before the model itself, so that switching adapters off and on leaves its graph alone.
-        frozen = None if self.reference is None else self.reference.states(*args, **inputs)
+        frozen = self.frozen(*args, **inputs)
         hidden = last_hidden(self.model, *args, **inputs)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         found = []
@@ -158,6 +203,12 @@ class ObjectiveForward:
         if self.observe is not None:
             self.observe(found)
         return CausalLMOutputWithPast(loss=cast(Any, total))
+
+    def frozen(self, *args: Any, **inputs: Any) -> States | StoredLosses | None:
+        """What the reference makes of a batch of the backbone's inputs; None without a reference."""
+        if self.reference is not None and hasattr(self.reference, "states"):
+            return self.reference.states(*args, **inputs)
+        return None if self.reference is None else partial(_stored_losses, self.reference, args, inputs)
 
     def tokens(
         self, term: Term, targets: Tensor, columns: Mapping[str, Tensor], position_ids: Tensor | None = None
@@ -205,12 +256,12 @@ class ObjectiveForward:
         columns: Mapping[str, Tensor],
         rows: Tensor,
         batch: TokenBatch,
-        frozen: States | None,
+        frozen: States | StoredLosses | None,
     ) -> Tensor:
         """The sum of a term's losses over one micro-batch, with gradient."""
         head = output_head(self.model)
         if isinstance(term.loss, LogitObjective):
-            reference = frozen if term.reference else None
+            reference = frozen if term.reference and isinstance(frozen, tuple) else None
             return logit_sum(hidden, head, rows, batch, term.loss, reference, low_memory=self.low_memory)
         if term.reference:
             batch.reference_nll = self.reference_nll(columns, rows, batch.labels, frozen)
@@ -224,13 +275,15 @@ class ObjectiveForward:
         return values.sum().to(linear) + (linear - linear.detach())
 
     def reference_nll(
-        self, columns: Mapping[str, Tensor], rows: Tensor, labels: Tensor, frozen: States | None
+        self, columns: Mapping[str, Tensor], rows: Tensor, labels: Tensor, frozen: States | StoredLosses | None
     ) -> Tensor:
-        """Losses of labels under the reference, from its states or the data's column, in nats: [labels].
+        """Losses of labels under the reference, from its states, stored losses or the data's column, in nats: [labels].
 
         Raises:
-            InputError: when there is neither.
+            InputError: when there is none of them.
         """
+        if callable(frozen):
+            return frozen(rows, labels)
         if frozen is not None:
             return token_statistics(frozen[0], frozen[1], labels, rows=rows, low_memory=self.low_memory).nll
         if REFERENCE_COLUMN not in columns:
@@ -275,6 +328,12 @@ def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
     targets = shift_labels if labels is None else shifted(labels, IGNORED)
     assert targets is not None
     return targets
+
+
+def _stored_losses(
+    reference: StoredReference, args: tuple[Any, ...], inputs: dict[str, Any], rows: Tensor, labels: Tensor
+) -> Tensor:
+    return reference.nll(rows, labels, *args, **inputs)
 
 
 def _sequences(sequence: Tensor) -> int:

@@ -66,7 +66,7 @@ def objective_weights(
     Raises:
         InputError: when a column is missing.
     """
-    frozen = None if forward.reference is None else forward.reference.states(**inputs)
+    frozen = forward.frozen(**inputs)
     hidden = last_hidden(forward.model, **inputs)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     head = output_head(forward.model)
@@ -86,7 +86,12 @@ def objective_weights(
             part.slopes = torch.ones_like(batch.nll) if term.loss is None else term.loss(batch)[1]
         parts.append(part)
     if any(part.slopes is None for part in parts):
-        return Found("gradient", rows, _signed_norms(parts, hidden, head, flat[rows], rows, frozen), nll)
+        return Found(
+            "gradient",
+            rows,
+            _signed_norms(parts, hidden, head, flat[rows], rows, frozen if isinstance(frozen, tuple) else None),
+            nll,
+        )
     weights = torch.zeros_like(nll)
     for part in parts:
         assert part.slopes is not None

@@ -33,7 +33,8 @@ class Unlearner(Objective):
     retain: Literal["nll", "kl", "none"] = "nll"
     """The retain term: the loss of what is to be kept, its divergence from the reference, or none."""
     reference: str | None = None
-    """The model before unlearning: a local directory or a hub id; by default the model in training as it is now."""
+    """The model before unlearning: a local directory, a hub id, or where only its losses are read a folder of token
+    scores; by default the model in training as it is now."""
 
     @abstractmethod
     def forget_term(self) -> Term:
@@ -136,8 +137,8 @@ class NPO(Unlearner):
     beta: float = Field(0.1, gt=0)
     """How fast the ascent fades, per nat of a sequence; towards 0 it is gradient ascent."""
     reference: str | None = None
-    """The model before unlearning: a local directory, a hub id, or ``reference_nll`` for losses that come with the
-    data in the column of that name; by default the model in training as it is now."""
+    """The model before unlearning: a local directory, a hub id, a folder of token scores, or ``reference_nll`` for
+    losses that come with the data in the column of that name; by default the model in training as it is now."""
 
     def forget_term(self) -> Term:
         return Term("forget", "forget", self.forget_coefficient, self._losses, "sequence", whole=True, reference=True)

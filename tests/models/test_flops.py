@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tokenwise.comparison.flops import FlopMeter
+from tokenwise.models.flops import FlopMeter
 
 size = st.integers(1, 6)
 few = settings(max_examples=15, deadline=None)
