@@ -43,7 +43,7 @@ def layer_of(hidden):
 def rows(change, hidden):
     size = torch.ones(hidden.shape[:2])
     values, sizes = change.apply(hidden, size), change.new_size(size)
-    empty = torch.zeros_like(sizes, dtype=torch.bool) if change.empty is None else change.empty
+    empty = sizes == 0
     return [
         sorted([*value.tolist(), int(own)] for value, own, gone in zip(*row, strict=True) if not gone)
         for row in zip(values, sizes, empty, strict=True)
@@ -78,11 +78,11 @@ def test_a_ragged_merge_equals_its_matrix():
     assert empty.sum() == 0
     kept, target, empty = merge_marked(going, partner)
     assert empty.tolist() == [[False] * 5 + [True] * 2, [False] * 7]
-    change = Merge(kept, target, empty=empty)
+    change = Merge(kept, target, fills=True)
     values, size = torch.randn(2, 7, 3, dtype=torch.float64), torch.rand(2, 7, dtype=torch.float64) + 0.5
     expected = change.matrix(size) @ values
-    assert torch.allclose(change.apply(values, size)[~empty], expected[~empty])
-    assert (expected[empty] == 0).all()
+    assert torch.allclose(change.apply(values, size), expected)
+    assert torch.equal(change.new_size(size) == 0, empty)
     assert torch.allclose(change.new_size(size).sum(1), size.sum(1))
     values.requires_grad_()
     change.apply(values, size)[~empty].sum().backward()

@@ -55,10 +55,9 @@ class LayerTokens:
         has_class_token: whether the first token gathers the whole input.
         attention: the attention of this block; None unless the method reads it.
         positions: where each token stood at the beginning, [batch, tokens], int64.
-        padding: tokens that are padding, [batch, tokens], bool; None where there is none.
+        padding: tokens that are padding, [batch, tokens], bool; None where there is none. Those of size 0 fill up rows
+            of which others kept more.
         memory: what the method keeps from block to block, each [batch, tokens, ...]; follows the tokens that stay.
-        empty: places that hold nothing since rows of the batch keep different numbers, [batch, tokens], bool; None
-            where there are none.
     """
 
     hidden: Tensor
@@ -71,7 +70,6 @@ class LayerTokens:
     attention: AttentionCall | None = None
     padding: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
-    empty: Tensor | None = None
 
     def keys(self) -> Tensor:
         """The keys as a mean over heads, [batch, tokens, head_dim]."""
@@ -88,18 +86,15 @@ class LayerTokens:
     def columns(self) -> Tensor:
         """The attention each token receives, as a mean over heads and queries, [batch, tokens], fp32."""
         assert self.attention is not None
-        hidden = [mask for mask in (self.padding, self.empty) if mask is not None]
-        return self.attention.columns(~sum(hidden[1:], hidden[0]) if hidden else None).mean(1)
+        return self.attention.columns(None if self.padding is None else ~self.padding).mean(1)
 
     def protected(self) -> torch.Tensor:
-        """Which tokens must stay as they are, [batch, tokens], bool: the prefix, padding and empty places."""
+        """Which tokens must stay as they are, [batch, tokens], bool: the prefix and padding."""
         import torch
 
         first = torch.arange(self.hidden.shape[1], device=self.hidden.device) < self.prefix
         first = first.expand(self.hidden.shape[:2])
-        for mask in (self.padding, self.empty):
-            first = first if mask is None else first | mask
-        return first
+        return first if self.padding is None else first | self.padding
 
 
 class EncoderReducer(TokenReducer):
@@ -131,7 +126,7 @@ class EncoderReducer(TokenReducer):
         """What becomes of the tokens of one block so that `count` are left; None where all stay.
 
         A method whose number follows the input may leave more, and different numbers in the rows of a batch
-        (`Merge.empty`).
+        (`Merge.fills`).
         """
 
 

@@ -56,8 +56,8 @@ class _Merging(EncoderReducer):
         going[:, ::2] = chosen
         partner = torch.zeros_like(going, dtype=torch.long)
         partner[:, ::2] = even_partner
-        kept, target, empty = merge_marked(going, partner, tokens.empty)
-        return Merge(kept, target, empty=empty if bool(empty.any()) else None)
+        kept, target, empty = merge_marked(going, partner, tokens.size == 0)
+        return Merge(kept, target, fills=bool(empty.any()))
 
 
 class DyMU(_Merging):

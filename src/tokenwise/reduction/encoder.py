@@ -31,8 +31,7 @@ class Pass:
         reduced: whether any block took tokens out.
         layers: what was left after each block so far, for drawings and checks; a mean over the batch where its rows
             keep different numbers.
-        empty: places that hold nothing since rows keep different numbers, [batch, tokens], bool; None where there
-            are none.
+        filled: whether a block left tokens that only fill up their row, as padding that no mask knows.
     """
 
     counts: list[int]
@@ -43,7 +42,7 @@ class Pass:
     memory: dict[str, Tensor] = field(default_factory=dict)
     reduced: bool = False
     layers: list[float] = field(default_factory=list)
-    empty: Tensor | None = None
+    filled: bool = False
 
     def follow(self, change: Merge | Mixture) -> None:
         """Let the bookkeeping follow a change of the tokens."""
@@ -55,24 +54,33 @@ class Pass:
         self.positions = self.positions.gather(1, change.kept)
         if self.padding is not None:
             self.padding = self.padding.gather(1, change.kept)
-        self.empty = change.empty if isinstance(change, Merge) else None
+        if isinstance(change, Merge) and change.fills:
+            empty = self.size == 0
+            self.padding = empty if self.padding is None else self.padding | empty
+            self.filled = True
         for name, values in self.memory.items():
             index = change.kept.view(*change.kept.shape, *[1] * (values.dim() - 2))
             self.memory[name] = values.gather(1, index.expand(*change.kept.shape, *values.shape[2:]))
         self.reduced = True
 
     @property
+    def empty(self) -> Tensor | None:
+        """Places that hold nothing since rows of the batch keep different numbers, [batch, tokens], bool, or None."""
+        return self.size == 0 if self.filled else None
+
+    @property
     def left(self) -> float:
         """How many tokens there are; a mean over the batch where its rows keep different numbers."""
-        return self.positions.shape[1] if self.empty is None else float((~self.empty).sum(1).double().mean())
+        return float((self.size > 0).sum(1).double().mean()) if self.filled else self.positions.shape[1]
 
-    def key_bias(self, proportional: bool) -> Tensor | None:
-        """What is added to the scores of the tokens that are left, [batch, tokens]; None for nothing."""
-        bias = self.size.log() if proportional and self.reduced else None
-        if self.empty is None:
-            return bias
-        bias = torch.zeros_like(self.size) if bias is None else bias
-        return bias.masked_fill(self.empty, torch.finfo(bias.dtype).min)
+    def key_bias(self, method: EncoderReducer) -> Tensor | None:
+        """What the tokens that are left add to the scores of their keys, [batch, tokens], or None."""
+        bias = self.size.log() if method.proportional and method.merges else None
+        if self.filled:
+            assert self.padding is not None
+            bias = torch.zeros_like(self.size) if bias is None else bias
+            bias = bias.masked_fill(self.padding, torch.finfo(bias.dtype).min)
+        return bias
 
 
 class EncoderReduction(Handle):
@@ -159,9 +167,10 @@ class EncoderReduction(Handle):
             self._calls.pop(index, None)
             if index == len(self.encoder.blocks) - 1:
                 self._finish()
-                if self.last.empty is not None and not self.masked:
+                empty = self.last.empty
+                if empty is not None and bool(empty.any()) and not self.masked:
                     hidden = output[0] if isinstance(output, tuple) else output
-                    filled = self._show_empty(hidden, self.last.empty)
+                    filled = self._show_empty(hidden, empty)
                     output = (filled, *output[1:]) if isinstance(output, tuple) else filled
             return output
 
@@ -220,7 +229,7 @@ class EncoderReduction(Handle):
         if self.masked:
             call.add_key_bias(self._masked_bias(tokens))
         else:
-            bias = tokens.key_bias(self.method.proportional and self.method.merges)
+            bias = tokens.key_bias(self.method)
             if bias is not None:
                 call.add_key_bias(bias)
 
@@ -253,7 +262,6 @@ class EncoderReduction(Handle):
             call,
             tokens.padding,
             tokens.memory,
-            tokens.empty,
         )
         change = self.method.reduce(layer, count)
         if change is None:
@@ -310,7 +318,7 @@ def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> 
     compact = AttentionCall(
         call.module, taken(call.query), taken(call.key), taken(call.value), mask, call.scaling, softcap=call.softcap
     )
-    bias = tokens.key_bias(method.proportional and method.merges)
+    bias = tokens.key_bias(method) if tokens.reduced else None
     if bias is not None:
         compact.add_key_bias(bias)
     return compact

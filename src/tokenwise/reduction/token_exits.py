@@ -54,7 +54,7 @@ class _Exits(EncoderReducer):
         if tokens.layer not in owner.heads:
             return None
         logits = owner.heads[tokens.layer](tokens.hidden[:, tokens.prefix :])
-        absent = torch.zeros_like(tokens.positions, dtype=torch.bool) if tokens.empty is None else tokens.empty
+        absent = tokens.size == 0
         owner.write(logits, tokens.positions[:, tokens.prefix :], absent[:, tokens.prefix :])
         if tokens.layer == tokens.layers - 1:
             return None
@@ -65,7 +65,7 @@ class _Exits(EncoderReducer):
             return None
         nothing = torch.zeros_like(absent)
         kept, target, empty = merge_marked(nothing, nothing.long(), absent | leaving)
-        return Merge(kept, target, empty=empty if bool(empty.any()) else None)
+        return Merge(kept, target, fills=bool(empty.any()))
 
 
 class TokenExits(EncoderReduction):
