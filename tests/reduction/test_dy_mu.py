@@ -101,7 +101,7 @@ def test_a_ragged_batch_equals_single_images_and_the_masked_model(kind):
         empty = last.empty
         kept = (~empty).sum(1)
         assert len(set(kept.tolist())) > 1
-        assert handle.stats["tokens_after"] == pytest.approx(float(kept.double().mean()))
+        assert handle.stats["tokens_after"] == kept.max()
         assert torch.allclose(last.size.sum(1), torch.full((3,), float(dense.shape[1])))
         assert (last.size[empty] == 0).all()
         for image in range(3):
@@ -143,9 +143,13 @@ def test_thresholds_leave_about_what_the_plan_said(tmp_path):
     plan.save(tmp_path / "plan.json")
     method = tw.DyMU(plan=tmp_path / "plan.json")
     assert method.plan == plan
+    shares = []
     with tw.reduce(model, method) as handle:
-        model(pixel_values=torch.cat([pictures(3, 5), mixed()]))
-    assert handle.stats["mean_share"] == pytest.approx(0.7, abs=0.1)
+        for image in torch.cat([pictures(3, 5), mixed()]):
+            model(pixel_values=image[None])
+            shares.append(handle.stats["mean_share"])
+    assert sum(shares) / 6 == pytest.approx(0.7, abs=0.1)
+    assert max(shares) - min(shares) > 0.05
 
 
 @torch.no_grad()

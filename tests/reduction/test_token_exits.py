@@ -42,7 +42,8 @@ def test_leaving_equals_hiding(kind):
     with TokenExits(model, heads(), threshold=0.7, context=3) as handle:
         model(pixel_values=images)
         canvas, layers, empty = handle.canvas, handle.last.layers, handle.last.empty
-        assert 64 > layers[1] - handle.encoder.prefix > layers[2] - handle.encoder.prefix > 1
+        assert 64 + handle.encoder.prefix >= layers[1] >= layers[2]
+        assert (~empty).sum(1).double().mean() < 0.8 * layers[0]
         assert empty.any()
         single = []
         for image in images:

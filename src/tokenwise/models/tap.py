@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
-from tokenwise.signals.attention import attention_columns, attention_rows
+from tokenwise.signals.attention import attention_columns, attention_rank, attention_rows
 from tokenwise.signals.attention_diversity import attention_map
 
 # What some models add to the softmax and the reading does not know: sinks, relative positions.
@@ -90,6 +90,18 @@ class AttentionCall:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
         everywhere = torch.arange(self.query.shape[2], device=self.query.device).expand(self.query.shape[0], -1)
         return attention_map(self.query, self.key, self._bias(everywhere), self.scaling, self.softcap)
+
+    def rank(self, steps: int, valid: Tensor | None = None) -> Tensor:
+        """How important each token is when importance flows along the attention, as `attention_rank` has it.
+
+        Args:
+            steps: how often it flows.
+            valid: queries it starts from, [batch, queries], bool; all unless given.
+
+        Returns:
+            [batch, heads, keys], fp32, summing to 1 over the keys.
+        """
+        return attention_rank(self.query, self.key, self._bias, self.scaling, steps, self.softcap, valid)
 
     def _bias(self, positions: Tensor) -> Tensor | None:
         """What is added to the scores of the queries at `positions` ([batch, rows]), or None."""

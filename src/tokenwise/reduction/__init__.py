@@ -23,13 +23,14 @@ _PUBLIC = {
     "allocate_by_search": "allocation",
     "attach_slimming": "slimming",
     "calibrate_thresholds": "dy_mu",
+    "identifier_groups": "code_identifiers",
     "keep_only": "merge",
     "learn_rates": "rate_learning",
     "prune_inputs": "inputs",
-    "reduce": "apply",
-    "slimming_loss": "slimming",
     "push_apart": "diffusion",
+    "reduce": "apply",
     "shape_of": "allocation",
+    "slimming_loss": "slimming",
 }
 
 

@@ -89,12 +89,19 @@ class LayerTokens:
         return self.attention.columns(None if self.padding is None else ~self.padding).mean(1)
 
     def protected(self) -> torch.Tensor:
-        """Which tokens must stay as they are, [batch, tokens], bool: the prefix and padding."""
+        """Which tokens must not be merged with others, [batch, tokens], bool: the prefix and padding."""
         import torch
 
         first = torch.arange(self.hidden.shape[1], device=self.hidden.device) < self.prefix
         first = first.expand(self.hidden.shape[:2])
         return first if self.padding is None else first | self.padding
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """`scores` ([batch, tokens]) with the prefix above and padding below everything, so that it goes first."""
+        import torch
+
+        scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) < self.prefix, float("inf"))
+        return scores if self.padding is None else scores.masked_fill(self.padding, float("-inf"))
 
 
 class EncoderReducer(TokenReducer):
@@ -109,6 +116,10 @@ class EncoderReducer(TokenReducer):
     """Whether attention counts a merged token as often as the tokens it stands for."""
     halving: ClassVar[bool] = False
     """Whether a block can take out half of its unprotected tokens at most."""
+    sees_every_block: ClassVar[bool] = False
+    """Whether `decide` is asked at every block, unless the plan takes nothing out of any."""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """What the model's call brings for the method, by name, each [batch, tokens, ...]; it arrives in `memory`."""
 
     plan: Annotated[PlanFile | None, Field(json_schema_extra=PLAN_RANGE)] = None
     """How many tokens stay after each block, instead of `keep`: a `Plan`, or a path to its JSON."""
@@ -119,7 +130,15 @@ class EncoderReducer(TokenReducer):
 
     @abstractmethod
     def counts(self, shape: Shape) -> list[int]:
-        """Tokens after each block, protected ones included; never rising."""
+        """Tokens after each block, protected ones included; never rising. Of a method that `sees_every_block` and
+        decides by the input: the fewest there may be."""
+
+    def decide(self, tokens: LayerTokens, counts: list[int]) -> int:
+        """Tokens that stay after this block, when the method `sees_every_block`.
+
+        The place to note something in ``tokens.memory``, and to keep more than the plan `counts` says.
+        """
+        return counts[tokens.layer]
 
     @abstractmethod
     def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture | None:
