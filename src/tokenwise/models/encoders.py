@@ -111,7 +111,7 @@ def _transformers_encoder(owner: Any) -> Encoder | None:
     if kind.endswith("text_model") or not _position_free(known[0].attention):
         return None
     text = known[0].output is not None
-    has_class = text or not kind.startswith(("siglip", "ijepa"))
+    has_class = text or not kind.startswith(("siglip", "ijepa", "idefics", "smolvlm"))
     prefix = (1 if has_class else 0) + getattr(config, "num_register_tokens", 0) + (kind == "deit")
     names = ("intermediate_size", "hidden_dim")
     hidden = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
@@ -126,6 +126,8 @@ def _transformers_block(layer: Any) -> EncoderBlock | None:
     def has(*names: str) -> bool:
         return all(isinstance(getattr(layer, name, None), nn.Module) for name in names)
 
+    if hasattr(layer, "lambda_2"):  # InternVL: a scale behind the branch, where nothing can be hooked
+        return None
     if has("attention", "layernorm_before", "layernorm_after", "mlp", "dropout"):  # ViT, DeiT
         return EncoderBlock(layer, layer.attention, layer.layernorm_after, (layer.mlp, layer.dropout))
     if has("attention", "norm1", "norm2", "mlp", "layer_scale2", "drop_path"):  # DINOv2

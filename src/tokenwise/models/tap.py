@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -236,9 +237,13 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             softcap=options.get("softcap"),
             window=options.get("sliding_window") if prepared is None else None,
         )
-        listening.tell(call)
+        borders = options.get("cu_seq_lens_q")
+        for part in [call] if borders is None else _parts(call, borders.tolist()):
+            listening.tell(part)
+            if part is not call and part.key_bias is not None:
+                call.key_bias = part.key_bias
         if call.key_bias is not None:
-            if attention_mask is not None and prepared is None:
+            if borders is not None or (attention_mask is not None and prepared is None):
                 raise InputError(
                     Problem(
                         "model",
@@ -262,6 +267,14 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
         AttentionInterface._global_mapping.pop(name, None)
 
     return undo
+
+
+def _parts(call: AttentionCall, borders: list[int]) -> list[AttentionCall]:
+    """One call for each of the sequences that stand behind each other, as flash attention is given them."""
+    return [
+        replace(call, **{name: getattr(call, name)[:, :, start:end] for name in ("query", "key", "value")})
+        for start, end in itertools.pairwise(borders)
+    ]
 
 
 class _Intercept(TorchFunctionMode):

@@ -31,6 +31,7 @@ _PUBLIC = {
     "reduce": "apply",
     "shape_of": "allocation",
     "slimming_loss": "slimming",
+    "verify_inputs": "inputs",
 }
 
 

@@ -36,6 +36,6 @@ def reduce(model: nn.Module, method: TokenReducer, *, masked: bool = False) -> H
     if not isinstance(method, TokenReducer):
         raise InputError(Problem("method", f"{method!r} is no token reducer.", "See `tokenwise methods`."))
     if isinstance(method, InputReducer):
-        return InputReduction(model, method)
+        return InputReduction(model, method, masked=masked)
     assert isinstance(method, EncoderReducer)
     return EncoderReduction(find_encoder(model), method, masked, model)
