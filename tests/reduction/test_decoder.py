@@ -1,4 +1,4 @@
-"""reduce inside a decoder: dropping equals hiding while reading and generating, full budgets are dense, undo is exact."""
+"""reduce inside a decoder: dropping equals hiding, also while generating; full budgets are dense; undo is exact."""
 
 import pytest
 import torch
@@ -48,7 +48,6 @@ CASES = {
 METHODS = {
     "fast_v": lambda: tw.FastV(keep=0.6, layer=1),
     "pyramid_drop": lambda: tw.PyramidDrop(keep=0.5),
-    "random_decoder": lambda: tw.RandomDecoder(keep=0.7, layer=2),
 }
 
 
@@ -275,10 +274,10 @@ def test_what_cannot_work_is_refused_before_the_first_layer():
             model(input_ids=inputs["input_ids"], attention_mask=torch.ones(2, 1, 14, 14))
     with pytest.raises(InputError, match="no decoder of a known layout"):
         tw.reduce(vision("vit"), tw.FastV())
+    config = transformers.MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.raises(InputError, match="sliding_attention"):
-        config = transformers.MistralConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        )
         tw.reduce(transformers.MistralForCausalLM(config), tw.FastV())
     with (
         tw.reduce(model, tw.FastV(keep=0.2, layer=2)),

@@ -38,9 +38,7 @@ class SelectiveLayer(DynamicLayer):
 
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take."""
-        if not self.is_initialized:
-            return 0
-        return sum(values.numel() * values.element_size() for values in (self.keys, self.values))
+        return sum(0 if values is None else values.nbytes for values in (self.keys, self.values))
 
     def expect(self, positions: Tensor, seen: int, real: Tensor | None = None) -> None:
         """Say what the next `update` brings, which is otherwise taken for the tokens that follow those seen.

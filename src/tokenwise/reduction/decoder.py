@@ -183,6 +183,7 @@ class DecoderReduction(Handle):
         shape, device = tokens.shape[:2], tokens.device
         real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
         if images is not None:
+            assert ids is not None
             candidates = images.placeholders(ids) & real
         else:
             place = real.long().cumsum(1)
