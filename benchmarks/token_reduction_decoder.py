@@ -59,9 +59,7 @@ def contestant(llava: LlavaForConditionalGeneration, name: str) -> tuple[Callabl
     """What reads the prompt, and its share of the dense layers' multiply-accumulates."""
     keep = INPUT.get(name, 1.0)
     inputs = tw.reduction.prune_inputs(llava, batch(), tw.reduction.Random(keep=keep))
-    for key in ("pixel_values",):
-        inputs.pop(key, None)
-    count = inputs.get("input_ids", batch()["input_ids"]).shape[1]
+    count = inputs["input_ids"].shape[1]
     share = SHAPE.macs([count] * LAYERS, [count] * LAYERS) / SHAPE.macs(
         [SHAPE.tokens] * LAYERS, [SHAPE.tokens] * LAYERS
     )
@@ -74,29 +72,18 @@ def contestant(llava: LlavaForConditionalGeneration, name: str) -> tuple[Callabl
         return read, share
 
     def reduced() -> object:
-        with tw.reduce(llava, METHODS[name]()):
-            return read()
+        with tw.reduce(llava, METHODS[name]()) as handle:
+            read()
+        return handle.stats["macs_share"]
 
-    with tw.reduce(llava, METHODS[name]()) as handle:
-        read()
-    return reduced, handle.stats["macs_share"]
+    return reduced, float("nan")
 
 
 def peak(name: str) -> int:
-    """KiB that one call takes beyond what the process had before it, in this process."""
-    torch.set_num_threads(1)
+    """KiB that one call takes beyond what this process had before it."""
     llava = model()
-    read, _ = contestant(llava, "input, keep 0.11")
-    read()
-    read, _ = contestant(llava, name) if name not in METHODS else (None, 0.0)
-    if read is None:
-        inputs = tw.reduction.prune_inputs(llava, batch(), tw.reduction.Random(keep=1.0))
-
-        @torch.no_grad()
-        def read() -> object:
-            with tw.reduce(llava, METHODS[name]()):
-                return llava(**inputs, logits_to_keep=1, use_cache=True)
-
+    contestant(llava, "input, keep 0.11")[0]()
+    read, _ = contestant(llava, name)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = resident("VmRSS")
@@ -115,19 +102,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak", metavar="NAME", help="print the peak of one contestant and end")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.peak:
         print(peak(options.peak))
         return
-    torch.set_num_threads(options.threads)
     llava = model()
     names = ["dense", *INPUT, *METHODS]
     made = {name: contestant(llava, name) for name in names}
+    shares = {name: made[name][0]() if name in METHODS else made[name][1] for name in names}
     seconds = interleaved({name: read for name, (read, _) in made.items()}, options.rounds)
-    print("| | time / dense | multiply-accumulates / dense | peak memory, MiB |\n|---|---|---|---|")
+    print("| | time / dense | multiply-accumulates / dense | peak memory, MiB |\n|---|---|---|---|", flush=True)
     for name in names:
-        run = [sys.executable, __file__, "--peak", name]
+        run = [sys.executable, __file__, "--threads", str(options.threads), "--peak", name]
         found = int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
-        print(f"| {name} | {ratio(seconds, name, 'dense'):.2f} | {made[name][1]:.2f} | {found / 1024:.0f} |")
+        time = ratio(seconds, name, "dense")
+        print(f"| {name} | {time:.2f} | {shares[name]:.2f} | {found / 1024:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

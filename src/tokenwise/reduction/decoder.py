@@ -27,6 +27,7 @@ class Prompt:
         real: which tokens of the batch are no padding, [batch, tokens], bool.
         candidates: which of them may go, [batch, tokens], bool.
         plans: candidates in each layer, for each row of the batch.
+        counts: candidates that are left, for each row.
         index: places of the tokens that are left, [batch, left], int64; 0 where a shorter row is filled up.
         left: which of `index` are tokens, [batch, left], bool.
         memory: the method's own, following the tokens.
@@ -41,6 +42,7 @@ class Prompt:
     real: Tensor
     candidates: Tensor
     plans: list[list[int]]
+    counts: list[int]
     index: Tensor
     left: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -115,6 +117,7 @@ class DecoderReduction(Handle):
 
         if model is not decoder.module:
             hook(model.register_forward_pre_hook(self._read_labels, with_kwargs=True))
+            hook(model.register_forward_hook(self._forget_labels, always_call=True))
         hook(decoder.module.register_forward_pre_hook(self._begin, with_kwargs=True))
         hook(decoder.module.register_forward_hook(self._end, always_call=True))
         for index, layer in enumerate(decoder.layers):
@@ -158,9 +161,12 @@ class DecoderReduction(Handle):
     def _read_labels(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._labels = options.get("labels")
 
+    def _forget_labels(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._labels = None
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._prompt = None
-        labels, self._labels = self._labels, None
+        labels = self._labels
         ids = options.get("input_ids", args[0] if args else None)
         cache, mask = options.get("past_key_values"), options.get("attention_mask")
         self._check(module, options, cache, mask)
@@ -200,15 +206,17 @@ class DecoderReduction(Handle):
             # A token that predicts a label stays, and so does one that is a label.
             predicts = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
             candidates = candidates & ~(predicts | (labels != IGNORED))
-        plans = [self.plan(count) for count in candidates.sum(1).tolist()]
+        counts = candidates.sum(1).tolist()
+        plans = [self.plan(count) for count in counts]
         index = torch.arange(shape[1], device=device).expand(shape)
-        self._prompt = Prompt(real, candidates, plans, index, real)
+        self._prompt = Prompt(real, candidates, plans, counts, index, real)
 
     def _check(self, module: nn.Module, options: dict[str, Any], cache: Any, mask: Any) -> None:
         problems = []
         config = self.decoder.layers[0].self_attn.config
         for name in ("output_hidden_states", "output_attentions"):
-            if options.get(name, getattr(config, name, False)):
+            asked = options.get(name)
+            if getattr(config, name, False) if asked is None else asked:
                 message = "has a length of its own in every layer while tokens are taken out."
                 problems.append(Problem(name, message, f"Set {name}=False, or use a method for the input."))
         if cache is not None and not (
@@ -327,11 +335,11 @@ class DecoderReduction(Handle):
 
     def _drop(self, prompt: Prompt, index: int, hidden: Tensor, options: dict[str, Any]) -> Tensor:
         """What goes into a layer: of the tokens that left the one before those that stay; in the masked way all."""
-        wanted = torch.tensor([plan[index] for plan in prompt.plans], device=hidden.device)
-        tokens = self._tokens(prompt, index, self._left(prompt, hidden), options)
-        if bool((tokens.candidates.sum(1) <= wanted).all()):
+        wanted = [plan[index] for plan in prompt.plans]
+        if all(count <= most for count, most in zip(prompt.counts, wanted, strict=True)):
             return hidden
-        stay = self.method.choose(tokens, wanted)
+        tokens = self._tokens(prompt, index, self._left(prompt, hidden), options)
+        stay = self.method.choose(tokens, torch.tensor(wanted, device=hidden.device))
         stays = prompt.left & (stay.candidates | ~tokens.candidates)
         if bool((stays == prompt.left).all()):
             return hidden
@@ -344,6 +352,7 @@ class DecoderReduction(Handle):
         else:
             prompt.states = prompt.put_back(tokens.hidden)
             hidden = made.gather(1, order.unsqueeze(2).expand(-1, -1, made.shape[2]))
+        prompt.counts = (stays & tokens.candidates).sum(1).tolist()
         prompt.left = stays.gather(1, order)
         prompt.index = prompt.index.gather(1, order).masked_fill(~prompt.left, 0)
         for name, values in prompt.memory.items():
@@ -358,6 +367,14 @@ class DecoderReduction(Handle):
         if given is None and whole:
             return None
         count = index.shape[1]
+        if given is None and "flash" in self.decoder.layers[0].self_attn.config._attn_implementation:
+            raise InputError(
+                Problem(
+                    "input_ids",
+                    "has rows that keep different numbers of tokens, which flash attention takes no mask for.",
+                    "Load the model with attn_implementation='sdpa', or read one row at a time.",
+                )
+            )
         if given is None:
             seen = torch.ones(count, count, dtype=torch.bool, device=index.device).tril().expand(len(index), 1, -1, -1)
         else:
