@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from small_models import llama, llava, pictures, vision
+from small_models import llama, llava, pictures, spread, vision
 
 import tokenwise as tw
 from tokenwise.errors import InputError
@@ -303,3 +303,21 @@ def test_after_the_input_was_reduced():
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert handle.stats["candidates"] == 24
         assert handle.stats["prompts"] == 2
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Phi3"])
+@torch.no_grad()
+def test_other_decoders(kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=100, num_key_value_heads=2, head_dim=8, pad_token_id=0, sliding_window=None, **sizes
+    )
+    model, inputs = spread(getattr(transformers, f"{kind}ForCausalLM")(config)), text("left")
+    dense = model(**inputs).logits
+    with tw.reduce(model, METHODS["pyramid_drop"]()) as handle:
+        fast = model(**inputs).logits
+        left = shown(handle, 14)
+    with tw.reduce(model, METHODS["pyramid_drop"](), masked=True):
+        assert torch.allclose(model(**inputs).logits[left], fast[left], atol=1e-5)
+    assert not torch.allclose(dense[left], fast[left], atol=1e-2)

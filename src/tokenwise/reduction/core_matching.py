@@ -27,6 +27,7 @@ class CoreMatching(_StagedReducer):
             arxiv="2505.19235",
             venue="ICML 2025",
         ),
+        needs=("a vision-language model",),
         status="RECONSTRUCTION",
         checked="its counts and elbow by hand; tokens are dropped, where the official code sets their keys and values "
         "to zero, and the sparse feed-forward layer is left out",

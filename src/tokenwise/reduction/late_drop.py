@@ -25,6 +25,7 @@ class LateDrop(DecoderReducer):
         paper=Paper(
             title="ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", arxiv="2505.18757"
         ),
+        needs=("a vision-language model",),
         status="RECONSTRUCTION",
         checked="the dense model with all image tokens masked; the rule that says at which layer is ours",
         control="reduction/random_decoder",

@@ -28,6 +28,7 @@ class SparseVLM(_StagedReducer):
             arxiv="2410.04417",
             venue="ICML 2025",
         ),
+        needs=("a vision-language model",),
         status="VERIFIED",
         checked="clusters of the official code without its noise, the eager attention map, and the dense model with "
         "the dropped tokens masked; tokens keep their positions and a cluster stands at its centre's, where the "

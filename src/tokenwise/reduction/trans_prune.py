@@ -26,6 +26,7 @@ class TransPrune(_StagedReducer):
             arxiv="2507.20630",
             venue="CVPR 2026",
         ),
+        needs=("a vision-language model",),
         status="VERIFIED",
         checked="the official code's transition of a branch, normalised row by row, a short fp64 reference of the "
         "score, and the dense model with the dropped tokens masked; tokens keep their positions",
