@@ -6,11 +6,14 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "DecoderReducer": "base",
+    "DecoderTokens": "base",
     "EncoderReducer": "base",
     "InputReducer": "base",
     "LayerTokens": "base",
     "Merge": "merge",
     "Mixture": "merge",
+    "Stay": "base",
     "TokenReducer": "base",
     "keep_only": "merge",
     "prune_inputs": "inputs",
