@@ -184,7 +184,8 @@ class _Seen(Exception):
 def attention_inputs(module: nn.Module, *args: Any, **options: Any) -> AttentionCall:
     """What `module` would hand to its attention function if it were called so; the attention is not computed.
 
-    Listeners hear nothing of it. Give no cache: it would be written to.
+    Listeners hear nothing of it. Give no cache: it would be written to. Where the values have a projection of their
+    own they are not computed either, and are zero.
     """
     seen: list[AttentionCall] = []
 
@@ -195,13 +196,25 @@ def attention_inputs(module: nn.Module, *args: Any, **options: Any) -> Attention
     stop = listen(module, see)
     listening = _LISTENING[module]
     others, listening.listeners = listening.listeners, [see]
+    projection: Any = getattr(module, "v_proj", None)
+    restore = stop
+    if isinstance(projection, nn.Linear):
+        width = projection.out_features
+        none = replace_attribute(
+            projection, "forward", lambda given: given.new_zeros(()).expand(*given.shape[:-1], width)
+        )
+
+        def restore() -> None:
+            none()
+            stop()
+
     try:
         module(*args, **options)
     except _Seen:
         pass
     finally:
         listening.listeners = others
-        stop()
+        restore()
     return seen[0]
 
 
