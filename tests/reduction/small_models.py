@@ -37,17 +37,34 @@ def pictures(count=2, seed=0):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def llava(seed=0):
+def llava(seed=0, layers=2):
     torch.manual_seed(seed)
     vision_config = transformers.CLIPVisionConfig(intermediate_size=64, **{**_COMMON, "patch_size": 8})
     text_config = transformers.LlamaConfig(
         vocab_size=100,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=99,
     )
     config = transformers.LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_id=98)
     return spread(transformers.LlavaForConditionalGeneration(config))
+
+
+def llama(seed=0, layers=4, attention="sdpa", **options):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=99,
+        pad_token_id=0,
+        **options,
+    )
+    config._attn_implementation = attention
+    return spread(transformers.LlamaForCausalLM(config))

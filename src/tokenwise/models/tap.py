@@ -196,6 +196,48 @@ def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     return stop
 
 
+class _Seen(Exception):
+    """Ends a call of an attention module once its queries and keys are made."""
+
+
+@torch.no_grad()
+def attention_inputs(module: nn.Module, *args: Any, **options: Any) -> AttentionCall:
+    """What `module` would hand to its attention function if it were called so; the attention is not computed.
+
+    Listeners hear nothing of it. Give no cache: it would be written to. Where the values have a projection of their
+    own they are not computed either, and are zero.
+    """
+    seen: list[AttentionCall] = []
+
+    def see(call: AttentionCall) -> None:
+        seen.append(call)
+        raise _Seen
+
+    stop = listen(module, see)
+    listening = _LISTENING[module]
+    others, listening.listeners = listening.listeners, [see]
+    projection: Any = getattr(module, "v_proj", None)
+    restore = stop
+    if isinstance(projection, nn.Linear):
+        width = projection.out_features
+        none = replace_attribute(
+            projection, "forward", lambda given: given.new_zeros(()).expand(*given.shape[:-1], width)
+        )
+
+        def restore() -> None:
+            none()
+            stop()
+
+    try:
+        module(*args, **options)
+    except _Seen:
+        pass
+    finally:
+        listening.listeners = others
+        restore()
+    return seen[0]
+
+
 def attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
     """The function that serves `module` under `implementation`; eager attention lives in each model's own file."""
     for kind in type(module).__mro__:

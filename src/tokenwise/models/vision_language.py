@@ -238,6 +238,10 @@ class VisionLanguageModel:
         made: Tensor = input_ids == getattr(self.config, f"{modality}_token_id")
         return made
 
+    def places(self, input_ids: Tensor) -> Tensor:
+        """Which tokens stand for features of any modality, [batch, tokens], bool."""
+        return torch.stack([self.placeholders(input_ids, modality) for modality in self.modalities]).any(0)
+
     def keep_state(self) -> Callable[[], None]:
         """Remember what the model itself remembers from call to call; the function that puts it back."""
         return lambda: None

@@ -129,3 +129,56 @@ def fit(
         else:
             high = middle
     return plan(high)
+
+
+def tokens_in_stages(candidates: int, layers: int, starts: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """Tokens in each layer when they fall at some layers to shares of their first number.
+
+    Args:
+        candidates: tokens that may go.
+        layers: how many layers there are.
+        starts: the layer from which on each share holds, from 0; of shares that begin together the least holds.
+        shares: in [0, 1].
+
+    Returns:
+        Tokens in each layer, rounded down, never rising, at least one while any share is above 0.
+    """
+    counts = []
+    for layer in range(layers):
+        held = [share for start, share in zip(starts, shares, strict=True) if start <= layer]
+        share = min(held, default=1.0)
+        # A rounding error below a whole number must not cost a token.
+        counts.append(max(int(candidates * share + 1e-9), min(candidates, 1) if share > 0 else 0))
+    return counts
+
+
+def fit_stages(
+    candidates: int, layers: int, starts: Sequence[int], shares: Sequence[float], keep: float | str
+) -> list[int] | None:
+    """The plan of `tokens_in_stages` closest to a budget without exceeding it: all shares raised to one power.
+
+    Args:
+        candidates, layers, starts, shares: as there; shares in (0, 1).
+        keep: share of token x layer that stays, in (0, 1], or ``"N tokens"`` as a mean over the layers.
+
+    Returns:
+        Tokens in each layer; None where no plan of these stages is that small.
+    """
+    share = float(keep.split()[0]) / max(candidates, 1) if isinstance(keep, str) else keep
+    if share >= 1 or not candidates:
+        return [candidates] * layers
+
+    def plan(power: float) -> list[int]:
+        return tokens_in_stages(candidates, layers, starts, [each**power for each in shares])
+
+    budget = math.floor(share * candidates * layers + 0.5)
+    low, high = 0.0, 200.0
+    if sum(plan(high)) > budget:
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(plan(middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    return plan(high)

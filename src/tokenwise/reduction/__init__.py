@@ -7,6 +7,8 @@ from typing import Any
 
 _PUBLIC = {
     "AttentionDiversity": "robust_attention",
+    "DecoderReducer": "base",
+    "DecoderTokens": "base",
     "EncoderReducer": "base",
     "InputReducer": "base",
     "LayerTokens": "base",
@@ -14,6 +16,7 @@ _PUBLIC = {
     "Mixture": "merge",
     "Plan": "plan",
     "ReverseSlimming": "slimming",
+    "Stay": "base",
     "TokenAwarePooling": "robust_attention",
     "TokenExits": "token_exits",
     "TokenReducer": "base",

@@ -6,8 +6,10 @@ from torch import nn
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
+from tokenwise.models.decoders import find_decoder
 from tokenwise.models.encoders import find_encoder
-from tokenwise.reduction.base import EncoderReducer, InputReducer, TokenReducer
+from tokenwise.reduction.base import DecoderReducer, EncoderReducer, InputReducer, TokenReducer
+from tokenwise.reduction.decoder import DecoderReduction
 from tokenwise.reduction.encoder import EncoderReduction
 from tokenwise.reduction.inputs import InputReduction
 
@@ -20,7 +22,8 @@ def reduce(model: nn.Module, method: TokenReducer, *, masked: bool = False) -> H
 
     Args:
         model: for a method at the site ``encoder`` an image classifier, a vision tower or a text encoder; a
-            vision-language model stands for its vision tower.
+            vision-language model stands for its vision tower. At the site ``decoder`` a vision-language model, or a
+            Llama-like model of text.
         method: the method.
         masked: compute on all tokens and hide those that would be gone: slow, and the reference for what the
             reduction itself changes.
@@ -37,5 +40,7 @@ def reduce(model: nn.Module, method: TokenReducer, *, masked: bool = False) -> H
         raise InputError(Problem("method", f"{method!r} is no token reducer.", "See `tokenwise methods`."))
     if isinstance(method, InputReducer):
         return InputReduction(model, method, masked=masked)
+    if isinstance(method, DecoderReducer):
+        return DecoderReduction(find_decoder(model), model, method, masked)
     assert isinstance(method, EncoderReducer)
     return EncoderReduction(find_encoder(model), method, masked, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -184,3 +185,98 @@ class InputReducer(TokenReducer):
     @abstractmethod
     def select(self, image: EncodedImage, count: int) -> Merge | Mixture:
         """What becomes of one image's rows, as a batch of 1, so that `count` are left, or the next fewer possible."""
+
+
+@dataclass
+class DecoderTokens:
+    """The tokens of a batch at one layer of a decoder, while it reads a prompt.
+
+    Args:
+        hidden: [batch, tokens, channels].
+        layer: index of the layer, from 0.
+        layers: how many layers there are.
+        positions: where each token stood in the prompt, [batch, tokens], int64.
+        real: which are tokens; the others are padding, [batch, tokens], bool.
+        candidates: which may go, [batch, tokens], bool.
+        next_attention: gives the attention that the layer about to run would compute on these tokens.
+        memory: what the method keeps from layer to layer, each [batch, tokens, ...]; follows the tokens that stay.
+    """
+
+    hidden: Tensor
+    layer: int
+    layers: int
+    positions: Tensor
+    real: Tensor
+    candidates: Tensor
+    next_attention: Callable[[], AttentionCall]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def last(self) -> Tensor:
+        """The place of each row's last token, [batch, 1], int64."""
+        return self.real.shape[1] - 1 - self.real.flip(1).long().argmax(1, keepdim=True)
+
+    def following(self) -> Tensor:
+        """Which tokens are no candidates and stand behind all of them, [batch, tokens], bool; where none do, all that
+        are no candidates."""
+        rest = self.real & ~self.candidates
+        behind = rest & (self.candidates.flip(1).long().cumsum(1).flip(1) == 0)
+        return behind.where(behind.any(1, keepdim=True), rest)
+
+
+@dataclass
+class Stay:
+    """Which tokens stay.
+
+    Args:
+        candidates: which of the candidates stay, [batch, tokens], bool; what is no candidate stays anyway.
+        hidden: what the tokens become, [batch, tokens, channels]; unchanged where None.
+    """
+
+    candidates: Tensor
+    hidden: Tensor | None = None
+
+
+class DecoderReducer(TokenReducer):
+    """Takes tokens out between the layers of a decoder, while it reads a prompt; they are in no later layer's cache.
+
+    Candidates are the tokens that stand for images; in a model of text alone, all tokens but the first and the last. A
+    subclass says how many there are in each layer (`counts`), and how much each matters (`score`) or which stay
+    (`choose`). What it looks at on the way comes by `start`, `see_attention`, `see_branch` and `see_neurons`.
+    """
+
+    site: ClassVar[Literal["encoder", "input", "decoder"]] = "decoder"
+    of_text: ClassVar[bool] = False
+    """Whether it also serves models of text alone."""
+
+    @abstractmethod
+    def counts(self, candidates: int, layers: int) -> list[int]:
+        """Candidates in each layer when there are so many at the beginning; never rising."""
+
+    def watched(self, layers: int) -> dict[str, tuple[int, ...]]:
+        """The layers whose ``attention``, ``branch`` (attention and feed-forward layer each) or ``neurons`` are
+        looked at."""
+        return {}
+
+    def start(self, tokens: DecoderTokens) -> None:
+        """Look at the embeddings, before the first layer."""
+
+    def see_attention(self, tokens: DecoderTokens, call: AttentionCall) -> None:
+        """Look at the attention of a layer."""
+
+    def see_branch(self, tokens: DecoderTokens, before: Tensor, after: Tensor) -> None:
+        """Look at what goes into attention or the feed-forward layer and what comes out of it, each [batch, tokens,
+        channels]."""
+
+    def see_neurons(self, tokens: DecoderTokens, activation: Tensor) -> None:
+        """Look at the neurons of a feed-forward layer, [batch, tokens, neurons]."""
+
+    def score(self, tokens: DecoderTokens) -> Tensor:
+        """How much each token matters, [batch, tokens]; only the candidates' are read."""
+        raise NotImplementedError
+
+    def choose(self, tokens: DecoderTokens, counts: Tensor) -> Stay:
+        """Which candidates stay before a layer: of each row as many as `counts` ([batch], int64) says, those with the
+        largest score; of equal ones the first."""
+        score = self.score(tokens).masked_fill(~tokens.candidates, float("-inf"))
+        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+        return Stay((rank < counts.unsqueeze(1)) & tokens.candidates)

@@ -1,0 +1,87 @@
+"""How decoders of transformers are laid out: their layers, and which tokens stand for images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokenwise.errors import InputError, Problem
+from tokenwise.models.vision_language import LAYOUTS, VisionLanguageModel, vision_language_model
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder whose tokens can be reduced.
+
+    Args:
+        module: the module that is given token ids and runs the layers: the model without its head.
+        layers: its layers in order.
+        images: the layout of the images among its tokens; None for a model of text alone.
+        width: channels of a token.
+        hidden_width: channels inside the feed-forward layer.
+        key_width: channels of all keys of a token together.
+        deep: how many of the first layers have features of the image added to what they give.
+    """
+
+    module: nn.Module
+    layers: tuple[Any, ...]
+    images: VisionLanguageModel | None
+    width: int
+    hidden_width: int
+    key_width: int
+    deep: int = 0
+
+
+def find_decoder(model: Any) -> Decoder:
+    """The decoder of a language model, or of a vision-language model.
+
+    Raises:
+        InputError: when its layout is not known, or its layers see a window of the tokens alone.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    images = vision_language_model(model) if kind in LAYOUTS else None
+    inner = getattr(model, "base_model", model)
+    owner = getattr(inner, "language_model", None) or getattr(inner, "text_model", None) or inner
+    layers = getattr(owner, "layers", None)
+    parts = ("input_layernorm", "self_attn", "mlp")
+    if (
+        not isinstance(layers, nn.ModuleList)
+        or not len(layers)
+        or not all(isinstance(getattr(layer, part, None), nn.Module) for layer in layers for part in parts)
+        or not getattr(layers[0].self_attn, "is_causal", False)
+    ):
+        raise InputError(
+            Problem(
+                "model",
+                f"{type(model).__name__} has no decoder of a known layout.",
+                "Known are Llama-like models (Llama, Qwen2, Qwen3 ...) and vision-language models over them; for "
+                "encoders use a method such as tome.",
+            )
+        )
+    text = owner.config
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+    if any(kind != "full_attention" for kind in kinds):
+        raise InputError(
+            Problem(
+                "model",
+                f"{type(model).__name__} has layers of {next(k for k in kinds if k != 'full_attention')}, which store "
+                "a part of the tokens by themselves.",
+                "Use a method for the input, such as div_prune, or a model with full attention in every layer.",
+            )
+        )
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return Decoder(
+        inner,
+        tuple(layers),
+        images,
+        text.hidden_size,
+        text.intermediate_size,
+        width * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        len(deep),
+    )
