@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import ValidatorFunctionWrapHandler, field_validator
 
 from tokenwise.method import Method
-from tokenwise.policies.budget import Keep, kept_count
+from tokenwise.policies.budget import Keep, kept_count, parse_flops
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +104,13 @@ class EncoderReducer(TokenReducer):
     place: ClassVar[Place] = "between"
     proportional: ClassVar[bool] = False
     """Whether attention counts a merged token as often as the tokens it stands for."""
+
+    @field_validator("keep", mode="wrap")
+    @classmethod
+    def _share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
+        """Here `keep` may also be a share of the operations."""
+        found: float | str = parse_flops(value) or check(value)
+        return found
 
     @abstractmethod
     def counts(self, shape: Shape) -> list[int]:
