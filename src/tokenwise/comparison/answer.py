@@ -105,6 +105,7 @@ class Conclusion:
         sentence: the answer to "which one should I use?".
         winner: the label it names, or None; None also where it names one for each budget.
         chosen: the labels it names.
+        points: what stands behind it, a sentence for each budget where there are several.
         baseline: label of the baseline.
         rows: one per method, the baseline first.
         failures: every run and reference that failed.
@@ -137,6 +138,7 @@ class Conclusion:
     decimals: int
     notes: tuple[str, ...]
     chosen: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
     family: str = "weighting"
 
     @property
@@ -179,11 +181,11 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
     family = plan_summary.get("family", "weighting")
     if family == "reduction":
         unit = next((result.job.budget["unit"] for result in results), "keep")
-        sentence, chosen = answer_by_budget(rows, baseline, between, decimals, unit)
+        sentence, points, chosen = answer_by_budget(rows, baseline, between, decimals, unit)
         winner = None
     else:
         sentence, winner = answer(rows, baseline, compared, between, decimals)
-        chosen = () if winner is None else (winner,)
+        chosen, points = () if winner is None else (winner,), ()
     return Conclusion(
         sentence=sentence,
         winner=winner,
@@ -201,6 +203,7 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
         decimals=decimals,
         notes=tuple(_notes(rows, level, len(compared), known, planned)),
         chosen=chosen,
+        points=points,
         family=family,
     )
 
@@ -324,7 +327,7 @@ def _mean_costs(costs: list[Costs]) -> Costs:
 
 
 def _on_scale(costs: Costs, baseline: Costs) -> Costs:
-    """Costs whose time was measured in turn with the dense model's, as if that took as long as in the baseline's run."""
+    """Costs with their time scaled as if the dense model had taken as long beside it as in the baseline's run."""
     if not costs.dense_seconds or not baseline.dense_seconds or costs.wall_seconds is None:
         return costs
     return replace(costs, wall_seconds=costs.wall_seconds / costs.dense_seconds * baseline.dense_seconds)

@@ -131,9 +131,7 @@ def reference_of(entry: Listed) -> Any:
     return fields.get("reference") if isinstance(fields, Mapping) else None
 
 
-def make_entries(
-    listed: list[Listed], baseline: str, problems: list[Problem], task: type[BaseTask]
-) -> list[Entry]:
+def make_entries(listed: list[Listed], baseline: str, problems: list[Problem], task: type[BaseTask]) -> list[Entry]:
     """The methods with their labels and roles: the listed ones, the baseline where it is not listed, the controls."""
     if not listed:
         return []

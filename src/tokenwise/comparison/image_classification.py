@@ -220,5 +220,3 @@ def _example(
         if picture is not None
     ]
     return {"pictures": found} if found else None
-
-

@@ -190,7 +190,11 @@ def _count(path: Path) -> int:
 def _class_names(path: Path, label_field: str) -> list[str] | None:
     """The names of the classes by number, where the files say them."""
     if path.is_dir():
-        return getattr(_dataset(path).features.get(label_field), "names", None) if (path / "state.json").is_file() else None
+        return (
+            getattr(_dataset(path).features.get(label_field), "names", None)
+            if (path / "state.json").is_file()
+            else None
+        )
     metadata = _parquet(path).schema_arrow.metadata or {}
     if b"classes" in metadata:
         return [str(name) for name in json.loads(metadata[b"classes"])]
@@ -222,7 +226,9 @@ def _records(path: Path, image_field: str, label_field: str, findings: Findings)
         place = f"row {number} of {str(path)!r}"
         content, label = _content(row[image_field], path), row[label_field]
         if content is None:
-            findings.add(place, f"field {image_field!r} holds {shorten(row[image_field])}, not an image file's content.")
+            findings.add(
+                place, f"field {image_field!r} holds {shorten(row[image_field])}, not an image file's content."
+            )
         elif isinstance(label, bool) or not isinstance(label, str | int):
             findings.add(place, f"field {label_field!r} holds {shorten(label)}, neither text nor a whole number.")
         else:

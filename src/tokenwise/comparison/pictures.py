@@ -50,6 +50,27 @@ def picture_of(handle: Any, model: Any, inputs: ImageInputs, pixels: Tensor, pla
     return {"image": encode(seen), "grid": list(grid), "group": group}
 
 
+def selection_of(kept: Tensor, patches: int, model: Any, pixels: Tensor, image: Image) -> dict[str, Any] | None:
+    """As `picture_of`, of the rows that stayed of an image at the input of a language model.
+
+    Args:
+        kept: their indices, [kept].
+        patches: how many there were.
+        model: a vision-language model.
+        pixels: what its vision tower read, [1, 3, height, width].
+        image: what they were made of.
+    """
+    from tokenwise.models.images import patch_grid
+
+    grid = patch_grid(model, pixels, patches)
+    if grid is None:
+        return None
+    group = np.full(patches, -1)
+    group[kept.cpu().numpy()] = np.arange(len(kept))
+    seen = image.convert("RGB").resize((pixels.shape[-1], pixels.shape[-2]))
+    return {"image": encode(seen), "grid": list(grid), "group": group.tolist()}
+
+
 def draw(picture: dict[str, Any]) -> Image:
     """The image with dropped patches greyed out, and merged ones in their mean colour with a border around them."""
     from PIL import Image

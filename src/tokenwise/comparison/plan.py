@@ -38,8 +38,9 @@ from tokenwise.models import load
 from tokenwise.scores.layout import Manifest, is_store
 
 if TYPE_CHECKING:
-    from tokenwise.comparison.reduction_plan import ReductionPlan
     from transformers import PreTrainedTokenizerBase
+
+    from tokenwise.comparison.reduction_plan import ReductionPlan
 
 SECTIONS: dict[str, Any] = {"task": AnyTask, **OTHER_SECTIONS}
 """What stands under each key of a plan."""

@@ -24,6 +24,8 @@ SECTIONS: dict[str, Any] = {
     "baseline": str,
 }
 """What stands under each key of such a plan."""
+SEEDS = (0, 1, 2, 3, 4)
+"""Runs are short, and only those that draw are repeated."""
 MISSING = {
     "task": "Write what to do: {kind: image_classification, model: ..., data: {eval: ...}}.",
     "budget": "Write what every method may keep, such as {unit: keep, amounts: [0.75, 0.5, 0.25]}.",
@@ -154,7 +156,7 @@ def read_reduction_plan(path: Path, raw: Mapping[Any, Any]) -> ReductionPlan:
             problems += _unfit(task, entries)
     if problems or task is None or budget is None:
         raise InputError(problems)
-    return ReductionPlan(path, task, budget, values.get("seeds", (0, 1, 2)), entries)
+    return ReductionPlan(path, task, budget, values.get("seeds", SEEDS), entries)
 
 
 def _set_by_the_plan(entry: Listed) -> list[Problem]:

@@ -30,7 +30,7 @@ def answer_by_budget(
     between: Callable[[Row, Row], Interval | None],
     decimals: int,
     unit: str,
-) -> tuple[str, tuple[str, ...]]:
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Say which method to use at each budget.
 
     A method is named only when it is shown to be better than its random control. Among several with no difference
@@ -44,13 +44,17 @@ def answer_by_budget(
         unit: ``keep`` or ``flops``.
 
     Returns:
-        The sentence, and the labels it names.
+        The sentence, one for each budget with the numbers behind it, and the labels they name.
     """
     base = next((row for row in rows if row.label == baseline), None)
     reasons = [failure.reason.rstrip(".") for row in rows for failure in row.failures]
     because = f" ({reasons[0]})" if reasons else ""
     if base is None or not base.finished:
-        return f"No answer: no run of the baseline {baseline} finished{because}, so nothing can be compared with it.", ()
+        return (
+            f"No answer: no run of the baseline {baseline} finished{because}, so nothing can be compared with it.",
+            (),
+            (),
+        )
     shares = sorted({row.share for row in rows if row.share is not None and row.label != baseline}, reverse=True)
     parts = []
     for share in shares:
@@ -58,17 +62,18 @@ def answer_by_budget(
         budget = f"keep {share:g}" if unit == "keep" else f"{share:g} of the FLOPs"
         parts.append(_at(budget, here, base, between, decimals))
     if not parts:
-        return f"Nothing to choose from: {baseline} is the only method.", ()
-    series = {part.series for part in parts}
+        return f"Nothing to choose from: {baseline} is the only method.", (), ()
+    points = tuple(f"{part.budget[:1].upper()}{part.budget[1:]}: {part.text}." for part in parts)
     named = tuple(label for part in parts for label in part.labels)
+    budgets = listing([part.budget for part in parts])
     if not named:
-        lead = "No method is shown to be better than chance"
-    elif len(series) == 1:
-        everywhere = " at every budget" if len(parts) > 1 else ""
-        lead = f"Use {listing(parts[0].series, 'or')}{everywhere}"
-    else:
-        lead = "Which method to use depends on the budget"
-    return f"{lead}. {'; '.join(f'{part.budget}: {part.text}' for part in parts)}.".replace(". k", ". K", 1), named
+        return f"No method is shown to be better than chance at {budgets}.", points, ()
+    if len({part.series for part in parts}) == 1:
+        return f"Use {listing(parts[0].series, 'or')} at {budgets}.", points, named
+    clear = [f"{listing(part.series, 'or')} at {part.budget}" for part in parts if part.labels]
+    unclear = [part.budget for part in parts if not part.labels]
+    rest = f"; at {listing(unclear)} no method is shown to be better than chance" if unclear else ""
+    return f"Use {listing(clear)}{rest}.", points, named
 
 
 def _at(

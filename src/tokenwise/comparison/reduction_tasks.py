@@ -191,7 +191,8 @@ class ImageClassification(ReductionTask):
         found: dict[str, list[int] | InputError] = {}
         for name, method in methods.items():
             try:
-                with EncoderReduction(encoder, method) as reduction:  # type: ignore[arg-type]
+                reduction = EncoderReduction(encoder, method)  # type: ignore[arg-type]
+                with reduction:
                     found[name] = reduction.plan(tokens)
             except InputError as error:
                 found[name] = error

@@ -151,13 +151,19 @@ def _costs(row: Row, column: Column) -> Markup:
         text += Markup(" <small>+ {}</small>").format(column.show(getattr(row.reference_costs, column.name)))
     if column.relative and row.finished:
         text += Markup(" <small>{}</small>").format(multiple(getattr(row, column.relative)))
+    below = getattr(row.costs, column.below[0]) if column.below is not None else None
+    if column.below is not None and below is not None:
+        text += Markup(" <small>{}</small>").format(column.below[1](below))
     if column.name == "wall_seconds" and not row.costs.seconds_comparable:
         text += Markup(" <small>not comparable</small>")
     return text
 
 
 def _settings(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row.settings.items())
+    # A budget of the plan is in the label, and a field left empty says nothing.
+    left_out = ("keep", "seed") if row.share is not None else ()
+    shown = {name: value for name, value in row.settings.items() if name not in left_out}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if row.share is None or value is not None)
 
 
 def _examples(conclusion: Conclusion, results: Sequence[Result]) -> dict[str, Any] | None:
@@ -209,7 +215,11 @@ def _pictures(conclusion: Conclusion, results: Sequence[Result]) -> list[dict[st
     for row in conclusion.rows:
         if row.label in first:
             drawn = [
-                {**picture, "drawn": encode(draw(picture)), "kept": len({name for name in picture["group"] if name >= 0})}
+                {
+                    **picture,
+                    "drawn": encode(draw(picture)),
+                    "kept": len({name for name in picture["group"] if name >= 0}),
+                }
                 for picture in (first[row.label].example or {})["pictures"]
             ]
             shown.append({"label": row.label, "seed": first[row.label].job.seed, "pictures": drawn})

@@ -27,6 +27,8 @@ def print_conclusion(conclusion: Conclusion, console: Console) -> None:
         console.print(Text(note, style="dim"))
     console.print()
     console.print(Text(conclusion.sentence, style="bold"))
+    for point in conclusion.points:
+        console.print(Text(f"- {point}"))
 
 
 def _table(conclusion: Conclusion, wide: bool) -> Table:

@@ -13,8 +13,8 @@ def _tokens(value: float | None) -> str:
     return "–" if value is None else plain(value, 0 if float(value).is_integer() else 1)
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{plain(100 * value, 1)}%"
+def _percent(value: float) -> str:
+    return f"{plain(100 * value, 1)}%"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Column:
         show: its value in words.
         adds: whether the cost of a reference adds to it.
         relative: the row's field that gives it as a multiple of the baseline's; empty where there is none.
+        below: what stands below it: a field of `Costs`, and its value in words.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Column:
     show: Callable[[Any], str]
     adds: bool = True
     relative: str = ""
+    below: tuple[str, Callable[[Any], str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,6 @@ class Wording:
         named: when a method is named.
         terms: further terms and what they mean.
         unmeasured: what none of these comparisons measures.
-        seeds: whether seeds stand for runs of their own.
     """
 
     per: str
@@ -56,7 +57,6 @@ class Wording:
     named: str
     terms: tuple[tuple[str, str], ...]
     unmeasured: str
-    seeds: bool = True
 
 
 _MEMORY = Column("peak_memory_bytes", "Peak memory", memory, adds=False)
@@ -69,19 +69,22 @@ TRAINING = Wording(
         Column("tokens_seen", "Tokens seen", amount),
         Column("tokens_trained", "Tokens trained on", amount),
     ),
-    equal="With one seed, every method starts from the same weights and sees the data in the same order. Every run has the "
+    equal="With one seed, every method starts from the same weights and sees the data in the same order. Every "
+    "run has the "
     "same budget ({budget}); the learning rate follows the share of it that is spent.",
     named="Its interval against {baseline} lies below zero, and, where it selects tokens, so does the one against its "
     "random control. Otherwise the answer is that no difference is shown.",
     terms=(
         (
             "FLOPs",
-            "Of all training steps, forward and backward, the method's own scoring included, evaluation excluded. G is 10⁹, "
-            'T is 10¹², P is 10¹⁵. "=" is the sum with the reference\'s, as a multiple of {baseline}\'s.',
+            "Of all training steps, forward and backward, the method's own scoring included, evaluation "
+            "excluded. G is 10⁹, "
+            "T is 10¹², P is 10¹⁵. \"=\" is the sum with the reference's, as a multiple of {baseline}'s.",
         ),
         (
             "Wall time, memory",
-            "Time spent training, without loading and evaluation. Memory is the high-water mark of the process while it "
+            "Time spent training, without loading and evaluation. Memory is the high-water mark of the process "
+            "while it "
             "trains, the largest of the seeds.",
         ),
         (
@@ -89,46 +92,66 @@ TRAINING = Wording(
             "Seen: {labels} that went through the forward pass. Trained on: labels with a weight other than zero.",
         ),
     ),
-    unmeasured="the cost of choosing hyper-parameters, energy, and quality in any other respect than the columns above. "
+    unmeasured="the cost of choosing hyper-parameters, energy, and quality in any other respect than the columns "
+    "above. "
     "The curves and the front are means and carry no test.",
 )
 REDUCTION = Wording(
     per=" per {item}",
     columns=(
-        Column("flops", "FLOPs", amount, relative="relative_flops"),
-        Column("block_flops", "In the blocks", amount),
-        Column("wall_seconds", "Time", duration, relative="relative_seconds"),
-        Column("scoring_seconds", "Of it, scoring", lambda value: "–" if value is None else duration(value)),
-        Column("tokens_after", "Tokens at the end", _tokens),
-        Column("token_share", "Tokens kept", _percent),
+        Column(
+            "flops",
+            "FLOPs",
+            amount,
+            relative="relative_flops",
+            below=("block_flops", lambda value: f"{amount(value)} in blocks"),
+        ),
+        Column(
+            "wall_seconds",
+            "Time",
+            duration,
+            relative="relative_seconds",
+            below=("scoring_seconds", lambda value: f"{duration(value)} scoring"),
+        ),
+        Column("tokens_after", "Tokens left", _tokens, below=("token_share", lambda value: f"{_percent(value)} kept")),
         _MEMORY,
     ),
-    equal="Every method runs the same trained model on the same {item}s, nothing is trained. At one budget each keeps as "
+    equal="Every method runs the same trained model on the same {item}s, nothing is trained. At one budget each "
+    "keeps as "
     "much as the others. A method that draws nothing has one run, which stands for every seed; chance between seeds is "
     "that of the random control.",
-    named="At its budget, its interval against its random control lies below zero. Where several are, and no difference "
-    "is shown between them, the cheaper one is named, or all of them. What a budget costs in quality is for the reader to weigh.",
+    named="At its budget, its interval against its random control lies below zero. Where several are, and no "
+    "difference "
+    "is shown between them, the cheaper one is named, or all of them. What a budget costs in quality is for the "
+    "reader to weigh.",
     terms=(
         (
             "FLOPs",
             "Of one {item}: matrix products, convolutions and attention as they are counted while the model runs, the "
-            "method's own among them, a multiply-add as two. In the blocks: the closed form of the encoder's blocks for the "
+            "method's own among them, a multiply-add as two. In the blocks: the closed form of the encoder's "
+            "blocks for the "
             'tokens that were left in each. "=" is a multiple of {baseline}\'s.',
         ),
         (
             "Time",
-            "Of one {item}: the median over batches. Every batch goes through the method and the dense model one right after "
-            "the other, in alternating order, after warming up; times are scaled so that the dense model takes as long in "
-            "every run as in {baseline}'s. Preparing images is not counted, and operations are counted in another pass. "
+            "Of one {item}: the median over batches. Every batch goes through the method and the dense model one "
+            "right after "
+            "the other, in alternating order, after warming up; times are scaled so that the dense model takes "
+            "as long in "
+            "every run as in {baseline}'s. Preparing images is not counted, and operations are counted in "
+            "another pass. "
             "Scoring: the time of the method's own decisions, taken in a pass of its own.",
         ),
         (
             "Tokens, memory",
-            "Kept: the share of tokens that the feed-forward layers work on, averaged over the blocks. At the end: after the "
-            "last block. Memory is the high-water mark of the process while the model runs, its weights and libraries included.",
+            "Left: after the last block. Kept: the share of tokens that the feed-forward layers work on, "
+            "averaged over the "
+            "blocks. Memory is the high-water mark of the process while the model runs, its weights and "
+            "libraries included.",
         ),
     ),
-    unmeasured="other sizes of batches, energy, and quality in any other respect than the columns above. The front is of "
+    unmeasured="other sizes of batches, energy, and quality in any other respect than the columns above. The "
+    "front is of "
     "means and carries no test.",
 )
 

@@ -32,8 +32,8 @@ def require_pillow(field: str = "images") -> None:
 
 
 class ImageInputs:
-    """Turns images into what a model reads: by its own image processor where its directory has one; else RGB, resized to
-    the configuration's image_size, pixels scaled to [-1, 1].
+    """Turns images into what a model reads: by its own image processor where its directory has one; else as RGB,
+    resized to the configuration's image_size, pixels scaled to [-1, 1].
 
     Args:
         directory: of the model.
@@ -86,9 +86,7 @@ class ImageInputs:
         if self._processor is not None:
             found: Tensor = self._processor(images=rgb, return_tensors="pt")["pixel_values"]
             return found.float()
-        resized = [
-            image if image.size == self._size else image.resize(self._size, Resampling.BICUBIC) for image in rgb
-        ]
+        resized = [image if image.size == self._size else image.resize(self._size, Resampling.BICUBIC) for image in rgb]
         pixels = np.stack([np.asarray(image, dtype=np.float32) for image in resized])
         return torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
