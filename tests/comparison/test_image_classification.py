@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import datasets
@@ -131,6 +132,16 @@ def test_the_report_draws_what_was_kept(compared, tmp_path):
     assert "in blocks" in page
     assert "scoring" in page
     assert "--export" not in page
+
+
+def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch, capsys):
+    plan = image_plan(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    [found] = problems(lambda: read_plan(plan))
+    assert "pip install 'tokenwise[vision]'" in found
+    assert main(["reduce", str(tmp_path / "vit"), "--method", "tome", str(plan)]) == 2
+    assert "tokenwise[vision]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

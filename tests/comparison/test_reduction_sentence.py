@@ -34,7 +34,7 @@ def test_one_method_at_every_budget():
     found = answer(
         ("tome", 0.75, 82, 76.0), ("tome", 0.5, 100, 51.0), ("evit", 0.75, 110, 76.0), ("evit", 0.5, 150, 51.0)
     )
-    assert found.sentence == "Use tome at keep 0.75 and keep 0.5."
+    assert found.sentence == "Use tome at keep 0.75 and 0.5."
     assert found.points[1] == "Keep 0.5: tome (error +5.00 points to dense, 0.51× the FLOPs, 0.50× the time)."
     assert "no difference shown" in found.points[0]
     assert found.chosen == ("tome 0.75", "tome 0.5")
@@ -57,9 +57,14 @@ def test_the_cheaper_of_two_with_no_difference_shown():
 
 def test_no_method_is_named_that_does_not_beat_chance():
     found = answer(("tome", 0.75, 119, 76.0), ("tome", 0.5, 201, 51.0))
-    assert found.sentence == "No method is shown to be better than chance at keep 0.75 and keep 0.5."
+    assert found.sentence == "No method is shown to be better than chance at keep 0.75 and 0.5."
     assert found.chosen == ()
     assert "no difference shown to chance (random_drop 0.5)" in found.points[1]
+
+
+def test_a_method_that_loses_to_chance_is_told():
+    found = answer(("tome", 0.5, 100, 51.0), ("evit", 0.5, 260, 51.0))
+    assert found.points[1].endswith("; evit does worse than chance.")
 
 
 def test_a_method_that_could_not_go_as_low_is_told():

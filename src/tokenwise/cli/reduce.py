@@ -47,6 +47,9 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(problems)
 
     from tokenwise import catalog
+    from tokenwise.models.images import require_pillow
+
+    require_pillow("IMAGE")
     from tokenwise.comparison.yaml_file import parse_value
 
     fields = read_fields(options.fields) | ({} if options.keep is None else {"keep": parse_value(options.keep)})

@@ -341,7 +341,6 @@ IMAGE_ERROR = _percent(
     None,
 )
 AGREEMENT = _percent("agreement", "The share of images that are given the class that the dense model gives them.")
-IMAGE_LOG_LOSS = Measure("log-loss", "nats/image", decimals=3)
 
 
 @dataclass
@@ -389,7 +388,6 @@ class ImageQuality(Quality):
         return {
             ACCURACY: 100 * float(np.equal(self.labels, self.predictions).mean()),
             AGREEMENT: 100 * float(np.equal(self.dense, self.predictions).mean()),
-            IMAGE_LOG_LOSS: float(np.mean(self.log_loss)),
         }
 
     @property

@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 class _Part:
     """What is said of one budget: the methods to use, their series, and the words."""
 
+    share: float
+    unit: str
     labels: tuple[str, ...]
     series: tuple[str, ...]
-    budget: str
     text: str
+
+    @property
+    def budget(self) -> str:
+        return _budgets([self])
 
 
 def answer_by_budget(
@@ -59,39 +64,48 @@ def answer_by_budget(
     parts = []
     for share in shares:
         here = [row for row in rows if row.share == share and row.role == "candidate"]
-        budget = f"keep {share:g}" if unit == "keep" else f"{share:g} of the FLOPs"
-        parts.append(_at(budget, here, base, between, decimals))
+        parts.append(_Part(share, unit, *_at(here, base, between, decimals)))
     if not parts:
         return f"Nothing to choose from: {baseline} is the only method.", (), ()
     points = tuple(f"{part.budget[:1].upper()}{part.budget[1:]}: {part.text}." for part in parts)
     named = tuple(label for part in parts for label in part.labels)
-    budgets = listing([part.budget for part in parts])
+    budgets = _budgets(parts)
     if not named:
         return f"No method is shown to be better than chance at {budgets}.", points, ()
     if len({part.series for part in parts}) == 1:
         return f"Use {listing(parts[0].series, 'or')} at {budgets}.", points, named
     clear = [f"{listing(part.series, 'or')} at {part.budget}" for part in parts if part.labels]
-    unclear = [part.budget for part in parts if not part.labels]
-    rest = f"; at {listing(unclear)} no method is shown to be better than chance" if unclear else ""
+    unclear = [part for part in parts if not part.labels]
+    rest = f"; at {_budgets(unclear)} no method is shown to be better than chance" if unclear else ""
     return f"Use {listing(clear)}{rest}.", points, named
 
 
+def _budgets(parts: Sequence[_Part]) -> str:
+    """``keep 0.75, 0.5 and 0.25``."""
+    shares = listing([f"{part.share:g}" for part in parts])
+    return f"keep {shares}" if parts[0].unit == "keep" else f"{shares} of the FLOPs"
+
+
 def _at(
-    budget: str,
     rows: list[Row],
     base: Row,
     between: Callable[[Row, Row], Interval | None],
     decimals: int,
-) -> _Part:
+) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """At one budget: the labels and the series to use, and why."""
     finished = [row for row in rows if row.finished and row.verdict not in ("failed", "not finite")]
     if not finished:
-        return _Part((), (), budget, "no run finished")
+        return (), (), "no run finished"
+    losers = [row.series for row in finished if row.versus_control is not None and row.versus_control.above_zero]
+    lost = f"; {listing(losers)} {'does' if len(losers) == 1 else 'do'} worse than chance" if losers else ""
     proven = [row for row in finished if row.beats_control]
     if not proven:
         best = min(finished, key=lambda row: row.quality or 0.0)
         control = f" ({best.control})" if best.control else ""
-        text = f"no difference shown to chance{control}, with {best.series} ahead ({_price(best, base, decimals)})"
-        return _Part((), (), budget, text)
+        text = (
+            f"no difference shown to chance{control}, with {best.series} ahead ({_price(best, base, decimals)}){lost}"
+        )
+        return (), (), text
     best = min(proven, key=lambda row: row.quality or 0.0)
     rivals = [row for row in proven if row is not best and not _worse(between(row, best))]
     chosen = [best, *rivals]
@@ -106,8 +120,8 @@ def _at(
     elif rivals:
         why = ", no difference shown between them"
     texts = [f"{row.series}{why if len(chosen) == 1 else ''} ({_price(row, base, decimals)})" for row in chosen]
-    text = listing(texts, "or") + (why if len(chosen) > 1 else "")
-    return _Part(tuple(row.label for row in chosen), tuple(row.series for row in chosen), budget, text)
+    text = listing(texts, "or") + (why if len(chosen) > 1 else "") + lost
+    return tuple(row.label for row in chosen), tuple(row.series for row in chosen), text
 
 
 def _worse(interval: Interval | None) -> bool:

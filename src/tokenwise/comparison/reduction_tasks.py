@@ -174,13 +174,13 @@ class ImageClassification(ReductionTask):
         return f" ({len(found):,}{some} images); {ImageInputs(self.model.directory, self.model.config).described}"
 
     def plans(self, methods: Mapping[str, Method]) -> dict[str, list[int] | InputError]:
-        from PIL import Image
-
         from tokenwise.models.encoders import find_encoder
         from tokenwise.models.images import ImageInputs, empty_classifier
         from tokenwise.reduction.encoder import EncoderReduction
 
         inputs = ImageInputs(self.model.directory, self.model.config, "task.model")
+        from PIL import Image  # the line above says what to install where it is missing
+
         shape = inputs([Image.new("RGB", (64, 64))]).shape
         empty = empty_classifier(self.model.config)
         try:

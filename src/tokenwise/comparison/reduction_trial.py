@@ -20,7 +20,7 @@ from tokenwise.errors import InputError, Problem
 from tokenwise.files import write_binary, write_text
 from tokenwise.method import Method
 from tokenwise.models import load
-from tokenwise.models.images import ImageInputs, load_classifier, require_pillow
+from tokenwise.models.images import ImageInputs, load_classifier
 from tokenwise.reduction.apply import reduce
 from tokenwise.reduction.base import EncoderReducer, TokenReducer
 from tokenwise.reduction.encoder import EncoderReduction
@@ -96,7 +96,6 @@ def try_out(
     Raises:
         InputError: when the model is neither, the method does not fit it, or an image cannot be read.
     """
-    require_pillow("IMAGE")
     if not isinstance(method, TokenReducer):
         raise InputError(Problem("--method", f"{method.card.id!r} is no token reduction.", "See tokenwise methods."))
     opened = [_open(path) for path in images]
@@ -158,7 +157,11 @@ def _classify(
         tokens = (int(handle.stats["tokens_before"]) - prefix, int(handle.stats["tokens_after"]) - prefix)
         before, after = (_classes(answer, dict(config.id2label or {})) for answer in answers)
         trials.append(Trial(path, (before, after), tokens, seconds, picture))
-    return [f"{inputs.described[:1].upper()}{inputs.described[1:]}."], trials
+    remarks = [
+        f"{inputs.described[:1].upper()}{inputs.described[1:]}.",
+        "Tokens are those after the last block; a keep that is a share is an average over the blocks.",
+    ]
+    return remarks, trials
 
 
 def _classes(shares: Any, names: dict[Any, str]) -> str:
