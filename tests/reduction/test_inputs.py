@@ -7,7 +7,16 @@ from small_models import llava, pictures
 import tokenwise as tw
 from tokenwise.errors import InputError
 
-METHODS = {"faster_vlm": lambda keep: tw.FasterVLM(keep=keep), "random": lambda keep: tw.reduction.Random(keep=keep)}
+METHODS = {
+    "faster_vlm": lambda keep: tw.FasterVLM(keep=keep),
+    "random": lambda keep: tw.reduction.Random(keep=keep),
+    "div_prune": lambda keep: tw.DivPrune(keep=keep),
+    "hi_prune": lambda keep: tw.HiPrune(keep=keep, object_layer=1),
+    "hi_red": lambda keep: tw.HiRED(keep=keep),
+    "to_dre": lambda keep: tw.ToDRE(keep=keep),
+    "zoo_prune": lambda keep: tw.ZooPrune(keep=keep),
+    "grid": lambda keep: tw.Grid(keep=keep),
+}
 
 
 def batch(padded=False):

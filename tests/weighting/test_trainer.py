@@ -234,6 +234,8 @@ def test_what_cannot_work_is_refused_before_anything_is_patched(tiny_llama, refe
         tw.weigh(tiny_llama, "dft")
     with pytest.raises(InputError, match="no transformers model"):
         tw.weigh(torch.nn.Linear(2, 2), tw.DFT())
+    with pytest.raises(InputError, match=r"wrapped in nn.DataParallel.*torchrun"):
+        tw.weigh(torch.nn.DataParallel(tiny_llama), tw.DFT())
     with pytest.raises(InputError, match=r"does not exist|cannot be reached"):
         tw.weigh(tiny_llama, tw.ExcessLoss(reference="./nowhere"))
     handle = tw.weigh(tiny_llama, tw.DFT())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,14 +67,20 @@ def find_encoder(model: nn.Module) -> Encoder:
         found = _transformers_encoder(owner) or _timm_encoder(owner)
         if found is not None:
             return found
-    raise InputError(
-        Problem(
+    if any(getattr(module, "is_causal", False) for module in model.modules()):
+        problem = Problem(
+            "model",
+            f"{type(model).__name__} is a decoder: it has no encoder of a known layout.",
+            "Use a method whose site is the decoder or the input; `tokenwise methods` lists the sites.",
+        )
+    else:
+        problem = Problem(
             "model",
             f"{type(model).__name__} has no encoder of a known layout.",
-            "Known are ViT, DeiT, CLIP, SigLIP, DINOv2 (with registers) and BERT-like encoders of transformers, and "
-            "timm's VisionTransformer.",
+            "Known are ViT, DeiT, CLIP, SigLIP, DINOv2 (with registers) of transformers, timm's VisionTransformer, and "
+            "of text encoders those with learned positions: BERT, RoBERTa, ELECTRA, DistilBERT and their kin.",
         )
-    )
+    raise InputError(problem)
 
 
 def _candidates(model: nn.Module) -> list[nn.Module]:
@@ -97,14 +104,18 @@ def _transformers_encoder(owner: Any) -> Encoder | None:
     if any(block is None for block in blocks):
         return None
     known = tuple(block for block in blocks if block is not None)
-    config: Any = known[0].attention.config
-    if getattr(config, "is_decoder", False) or getattr(known[0].attention, "is_causal", False):
+    config: Any = getattr(known[0].attention, "config", None)
+    if config is None or getattr(config, "is_decoder", False) or getattr(known[0].attention, "is_causal", False):
         return None
     kind = config.model_type
+    if kind.endswith("text_model") or not _position_free(known[0].attention):
+        return None
     text = known[0].output is not None
-    has_class = text or not kind.startswith(("siglip", "ijepa"))
+    has_class = text or not kind.startswith(("siglip", "ijepa", "idefics", "smolvlm"))
     prefix = (1 if has_class else 0) + getattr(config, "num_register_tokens", 0) + (kind == "deit")
-    hidden = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
+    names = ("intermediate_size", "hidden_dim")
+    hidden = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    hidden = hidden or int(config.hidden_size * config.mlp_ratio)
     gated = bool(getattr(config, "use_swiglu_ffn", False))
     if gated:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
@@ -115,6 +126,8 @@ def _transformers_block(layer: Any) -> EncoderBlock | None:
     def has(*names: str) -> bool:
         return all(isinstance(getattr(layer, name, None), nn.Module) for name in names)
 
+    if hasattr(layer, "lambda_2"):  # InternVL: a scale behind the branch, where nothing can be hooked
+        return None
     if has("attention", "layernorm_before", "layernorm_after", "mlp", "dropout"):  # ViT, DeiT
         return EncoderBlock(layer, layer.attention, layer.layernorm_after, (layer.mlp, layer.dropout))
     if has("attention", "norm1", "norm2", "mlp", "layer_scale2", "drop_path"):  # DINOv2
@@ -123,7 +136,19 @@ def _transformers_block(layer: Any) -> EncoderBlock | None:
         return EncoderBlock(layer, layer.self_attn, layer.layer_norm2, (layer.mlp,))
     if has("attention", "intermediate", "output") and isinstance(getattr(layer.attention, "self", None), nn.Module):
         return EncoderBlock(layer, layer.attention.self, output=layer.attention)  # BERT and its kin
+    if has("attention", "sa_layer_norm", "ffn", "output_layer_norm"):  # DistilBERT
+        return EncoderBlock(layer, layer.attention, output=layer.sa_layer_norm)
     return None
+
+
+def _position_free(attention: Any) -> bool:
+    """Whether attention knows of positions only what the tokens carry, and transformers' interface serves it.
+
+    Rotary and relative positions are counted from the tokens that are there, and so change when some go.
+    """
+    names = vars(sys.modules[type(attention).__module__])
+    kind = getattr(attention.config, "position_embedding_type", None) or "absolute"
+    return "ALL_ATTENTION_FUNCTIONS" in names and kind == "absolute"
 
 
 def _timm_encoder(owner: Any) -> Encoder | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,7 @@ from transformers import AttentionInterface
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
-from tokenwise.signals.attention import attention_columns, attention_rows
+from tokenwise.signals.attention import attention_columns, attention_rank, attention_rows
 
 # What some models add to the softmax and the reading does not know: sinks, relative positions.
 _UNKNOWN_TERMS = ("s_aux", "position_bias")
@@ -84,6 +85,18 @@ class AttentionCall:
             [batch, heads, keys], fp32, summing to 1 over the keys.
         """
         return attention_columns(self.query, self.key, self._bias, self.scaling, self.softcap, valid)
+
+    def rank(self, steps: int, valid: Tensor | None = None) -> Tensor:
+        """How important each token is when importance flows along the attention, as `attention_rank` has it.
+
+        Args:
+            steps: how often it flows.
+            valid: queries it starts from, [batch, queries], bool; all unless given.
+
+        Returns:
+            [batch, heads, keys], fp32, summing to 1 over the keys.
+        """
+        return attention_rank(self.query, self.key, self._bias, self.scaling, steps, self.softcap, valid)
 
     def _bias(self, positions: Tensor) -> Tensor | None:
         """What is added to the scores of the queries at `positions` ([batch, rows]), or None."""
@@ -218,9 +231,13 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             softcap=options.get("softcap"),
             window=options.get("sliding_window") if prepared is None else None,
         )
-        listening.tell(call)
+        borders = options.get("cu_seq_lens_q")
+        for part in [call] if borders is None else _parts(call, borders.tolist()):
+            listening.tell(part)
+            if part is not call and part.key_bias is not None:
+                call.key_bias = part.key_bias
         if call.key_bias is not None:
-            if attention_mask is not None and prepared is None:
+            if borders is not None or (attention_mask is not None and prepared is None):
                 raise InputError(
                     Problem(
                         "model",
@@ -244,6 +261,14 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
         AttentionInterface._global_mapping.pop(name, None)
 
     return undo
+
+
+def _parts(call: AttentionCall, borders: list[int]) -> list[AttentionCall]:
+    """One call for each of the sequences that stand behind each other, as flash attention is given them."""
+    return [
+        replace(call, **{name: getattr(call, name)[:, :, start:end] for name in ("query", "key", "value")})
+        for start, end in itertools.pairwise(borders)
+    ]
 
 
 class _Intercept(TorchFunctionMode):

@@ -38,19 +38,45 @@ def merge_into_partners(even: Tensor, partner: Tensor, tokens: int) -> tuple[Ten
 
     Args:
         even: tokens that go, [batch, merged], int64, none of them a partner.
-        partner: the token each one goes into, [batch, merged].
+        partner: the token each one goes into, [batch, merged]; -1 where it is dropped.
         tokens: how many tokens there are.
 
     Returns:
         kept: the tokens that stay, in their order, [batch, tokens - merged].
-        target: the place among them that each token goes to, [batch, tokens].
+        target: the place among them that each token goes to, [batch, tokens]; -1 where it is dropped.
     """
     batch, merged = even.shape
     gone = torch.zeros(batch, tokens, dtype=torch.bool, device=even.device).scatter_(1, even, True)
     # Stable, so that what stays keeps its order.
     kept = gone.to(torch.uint8).argsort(dim=1, stable=True)[:, : tokens - merged]
     place = (~gone).long().cumsum(1) - 1
-    return kept, place.scatter(1, even, place.gather(1, partner))
+    into = place.gather(1, partner.clamp_min(0)).masked_fill(partner < 0, -1)
+    return kept, place.scatter(1, even, into)
+
+
+def merge_best_edges(
+    similarity: Tensor, partner: Tensor, tokens: int, removed: int, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge the tokens with the best edges of `bipartite_edges` into their partners; padding is dropped before.
+
+    Args:
+        similarity, partner: of the tokens at even places, [batch, even tokens].
+        tokens: how many there are.
+        removed: how many go.
+        padding: [batch, tokens], bool.
+
+    Returns:
+        As `merge_into_partners`.
+    """
+    if padding is None:
+        even = largest(similarity, removed)
+        return merge_into_partners(even * 2, partner.gather(1, even), tokens)
+    score = similarity.new_full((len(similarity), tokens), float("-inf"))
+    score[:, ::2] = similarity
+    into = torch.full_like(score, -1, dtype=torch.long)
+    into[:, ::2] = partner
+    gone = largest(score.masked_fill(padding, float("inf")), removed)
+    return merge_into_partners(gone, into.masked_fill(padding, -1).gather(1, gone), tokens)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

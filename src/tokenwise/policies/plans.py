@@ -74,6 +74,15 @@ def counts_after_merging(shape: Shape, removed: Sequence[int]) -> list[int]:
     return counts
 
 
+def counts_after_dropping(shape: Shape, removed: Sequence[int]) -> list[int]:
+    """Tokens after each block when all unprotected ones but one can be dropped at once."""
+    counts, tokens = [], shape.tokens
+    for wanted in removed:
+        tokens -= max(min(wanted, tokens - shape.prefix - 1), 0)
+        counts.append(tokens)
+    return counts
+
+
 def entering(shape: Shape, counts: Sequence[int]) -> list[int]:
     """Tokens that enter each block, from those after each block."""
     return [shape.tokens, *counts[:-1]]

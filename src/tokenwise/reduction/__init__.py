@@ -12,9 +12,11 @@ _PUBLIC = {
     "Merge": "merge",
     "Mixture": "merge",
     "TokenReducer": "base",
+    "identifier_groups": "code_identifiers",
     "keep_only": "merge",
     "prune_inputs": "inputs",
     "reduce": "apply",
+    "verify_inputs": "inputs",
 }
 
 

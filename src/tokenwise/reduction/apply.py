@@ -29,11 +29,13 @@ def reduce(model: nn.Module, method: TokenReducer, *, masked: bool = False) -> H
         A handle with `stats`.
 
     Raises:
-        InputError: when the model's layout is not known or lacks what the method reads, before anything is patched.
+        InputError: when the model's layout is not known, lacks what the method reads or answers for each token,
+            before anything is patched; in a pass, before its first block, when it asks for hidden states of differing
+            lengths, checkpoints gradients, or is padded at the beginning.
     """
     if not isinstance(method, TokenReducer):
         raise InputError(Problem("method", f"{method!r} is no token reducer.", "See `tokenwise methods`."))
     if isinstance(method, InputReducer):
-        return InputReduction(model, method)
+        return InputReduction(model, method, masked=masked)
     assert isinstance(method, EncoderReducer)
-    return EncoderReduction(find_encoder(model), method, masked)
+    return EncoderReduction(find_encoder(model), method, masked, model)

@@ -32,7 +32,8 @@ class TokenReducer(Method):
     site: ClassVar[Literal["encoder", "input", "decoder"]]
     """Where: in the blocks of an encoder, at the input of a language model, or in its layers."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the method looks at: ``attention`` (queries, keys, values), ``class_token`` (there must be one)."""
+    """What the method looks at: ``attention`` (queries, keys, values), ``class_token`` (there must be one),
+    ``projector`` (one that reads each patch by itself)."""
     merges: ClassVar[bool] = False
     """Whether tokens that go leave something behind in those that stay."""
 
@@ -86,12 +87,19 @@ class LayerTokens:
         return self.attention.columns(None if self.padding is None else ~self.padding).mean(1)
 
     def protected(self) -> torch.Tensor:
-        """Which tokens must stay as they are, [batch, tokens], bool: the prefix and padding."""
+        """Which tokens must not be merged with others, [batch, tokens], bool: the prefix and padding."""
         import torch
 
         first = torch.arange(self.hidden.shape[1], device=self.hidden.device) < self.prefix
         first = first.expand(self.hidden.shape[:2])
         return first if self.padding is None else first | self.padding
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """`scores` ([batch, tokens]) with the prefix above and padding below everything, so that it goes first."""
+        import torch
+
+        scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) < self.prefix, float("inf"))
+        return scores if self.padding is None else scores.masked_fill(self.padding, float("-inf"))
 
 
 class EncoderReducer(TokenReducer):
@@ -104,6 +112,10 @@ class EncoderReducer(TokenReducer):
     place: ClassVar[Place] = "between"
     proportional: ClassVar[bool] = False
     """Whether attention counts a merged token as often as the tokens it stands for."""
+    sees_every_block: ClassVar[bool] = False
+    """Whether `decide` is asked at every block, unless the plan takes nothing out of any."""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """What the model's call brings for the method, by name, each [batch, tokens, ...]; it arrives in `memory`."""
 
     @field_validator("keep", mode="wrap")
     @classmethod
@@ -114,7 +126,15 @@ class EncoderReducer(TokenReducer):
 
     @abstractmethod
     def counts(self, shape: Shape) -> list[int]:
-        """Tokens after each block, protected ones included; never rising."""
+        """Tokens after each block, protected ones included; never rising. Of a method that `sees_every_block` and
+        decides by the input: the fewest there may be."""
+
+    def decide(self, tokens: LayerTokens, counts: list[int]) -> int:
+        """Tokens that stay after this block, when the method `sees_every_block`.
+
+        The place to note something in ``tokens.memory``, and to keep more than the plan `counts` says.
+        """
+        return counts[tokens.layer]
 
     @abstractmethod
     def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture:
@@ -130,6 +150,9 @@ class InputReducer(TokenReducer):
     site: ClassVar[Literal["encoder", "input", "decoder"]] = "input"
     conditioned: ClassVar[bool] = False
     """Whether the choice depends on the text beside the image."""
+    before_projector: ClassVar[bool] = False
+    """Whether it mixes what the projector reads, where the model has a projector that reads each row by itself;
+    elsewhere, and otherwise, it mixes the features."""
 
     def signals(self) -> tuple[Signal, ...]:
         """What is recorded of the vision tower; nothing unless given."""
@@ -141,4 +164,4 @@ class InputReducer(TokenReducer):
 
     @abstractmethod
     def select(self, image: EncodedImage, count: int) -> Merge | Mixture:
-        """What becomes of one image's rows, as a batch of 1, so that `count` are left."""
+        """What becomes of one image's rows, as a batch of 1, so that `count` are left, or the next fewer possible."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from tokenwise.policies.plans import Shape
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 from tokenwise.reduction.merge import Merge, Mixture
 
+_REDUCED: WeakSet[nn.Module] = WeakSet()
+"""The encoders that are being reduced."""
+
 
 @dataclass
 class Pass:
@@ -27,7 +31,9 @@ class Pass:
         positions: where each of them stood at the beginning, [batch, tokens].
         group: which of them each token of the beginning is in, [batch, tokens at the beginning]; -1 where dropped.
         padding: which are padding, [batch, tokens], bool; None where there is none.
+        hidden: which were padding at the beginning; None where there was none.
         memory: the method's own, following the tokens.
+        filled: whether a block left tokens that only fill up their row, as padding that no mask knows.
         reduced: whether any block took tokens out.
         layers: what was left after each block so far, for drawings and checks.
     """
@@ -37,9 +43,16 @@ class Pass:
     positions: Tensor
     group: Tensor
     padding: Tensor | None = None
+    hidden: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    filled: bool = False
     reduced: bool = False
     layers: list[int] = field(default_factory=list)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the plan takes any token out."""
+        return self.counts[-1] < self.group.shape[1]
 
     def follow(self, change: Merge | Mixture) -> None:
         """Let the bookkeeping follow a change of the tokens."""
@@ -51,10 +64,23 @@ class Pass:
         self.positions = self.positions.gather(1, change.kept)
         if self.padding is not None:
             self.padding = self.padding.gather(1, change.kept)
+        if isinstance(change, Merge) and change.fills:
+            empty = self.size == 0
+            self.padding = empty if self.padding is None else self.padding | empty
+            self.filled = True
         for name, values in self.memory.items():
             index = change.kept.view(*change.kept.shape, *[1] * (values.dim() - 2))
             self.memory[name] = values.gather(1, index.expand(*change.kept.shape, *values.shape[2:]))
         self.reduced = True
+
+    def key_bias(self, method: EncoderReducer) -> Tensor | None:
+        """What the tokens that are left add to the scores of their keys, [batch, tokens], or None."""
+        bias = self.size.log() if method.proportional and method.merges else None
+        if self.filled:
+            assert self.padding is not None
+            bias = torch.zeros_like(self.size) if bias is None else bias
+            bias = bias.masked_fill(self.padding, torch.finfo(bias.dtype).min)
+        return bias
 
 
 class EncoderReduction(Handle):
@@ -70,22 +96,22 @@ class EncoderReduction(Handle):
             places: the reference to which the fast way is compared.
     """
 
-    def __init__(self, encoder: Encoder, method: EncoderReducer, masked: bool = False):
+    def __init__(self, encoder: Encoder, method: EncoderReducer, masked: bool = False, model: nn.Module | None = None):
         super().__init__()
+        model = encoder.module if model is None else model
         self.encoder = encoder
         self.method = method
         self.masked = masked
         self.last: Pass | None = None
         self._plans: dict[int, list[int]] = {}
         self._calls: dict[int, AttentionCall] = {}
-        if "class_token" in method.reads and not encoder.has_class_token:
-            raise InputError(
-                Problem(
-                    "model",
-                    f"has no class token, which {type(method).__name__} reads.",
-                    "Use a method that reads the mean over all queries, such as hi_prune, or none, such as tome.",
-                )
-            )
+        self._given: dict[str, Tensor] = {}
+        self._collects_hidden = False
+        check_encoder(encoder, method, masked, model)
+        _REDUCED.add(encoder.module)
+        self.on_undo(lambda: _REDUCED.discard(encoder.module))
+        hook = model.register_forward_pre_hook(self._called, with_kwargs=True)
+        self.on_undo(hook.remove)
         for index, block in enumerate(encoder.blocks):
             self._attach(index, block)
 
@@ -111,6 +137,20 @@ class EncoderReduction(Handle):
             self._plans[tokens] = counts
         return self._plans[tokens]
 
+    def _called(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Before the model's forward: take what is the method's, and see whether hidden states are asked for."""
+        asked = options.get("output_hidden_states")
+        if asked is None:
+            asked = getattr(getattr(model, "config", None), "output_hidden_states", False)
+        # A vision-language model means those of its language model.
+        self._collects_hidden = bool(asked) and not hasattr(getattr(model, "model", model), "vision_tower")
+        missing = [name for name in self.method.inputs if name not in options]
+        if missing:
+            name = type(self.method).__name__
+            raise InputError(Problem(missing[0], f"is missing, which {name} needs.", "Give it to the model's call."))
+        self._given = {name: options[name] for name in self.method.inputs}
+        return args, {name: value for name, value in options.items() if name not in self._given}
+
     def _attach(self, index: int, block: EncoderBlock) -> None:
         def hook(handle: Any) -> None:
             self.on_undo(handle.remove)
@@ -122,6 +162,7 @@ class EncoderReduction(Handle):
             hidden = args[0] if args else options["hidden_states"]
             if index == 0:
                 self._begin(hidden, _mask_of(args, options))
+                self._check_pass(module)
             assert self.last is not None
             if not self.last.reduced or self.masked:
                 return None
@@ -180,13 +221,57 @@ class EncoderReduction(Handle):
         positions = torch.arange(tokens, device=hidden.device).expand(batch, -1)
         padding = None
         if mask is not None:
-            # A mask of keys alone: the same for every query.
             shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            padding = ~shown.expand(batch, *shown.shape[1:])[:, 0].all(1)
+            rows = shown.expand(batch, *shown.shape[1:])[:, 0]
+            if rows.shape[1] > 1 and bool((rows != rows[:, :1]).any()):
+                raise InputError(
+                    Problem(
+                        "attention_mask",
+                        "differs between the tokens of a row, as packed texts' does.",
+                        "Give each text a row of its own.",
+                    )
+                )
+            padding = ~rows[:, 0]
             padding = padding if bool(padding.any()) else None
+        if padding is not None and bool(padding[:, : self.encoder.prefix].any()):
+            raise InputError(
+                Problem(
+                    "attention_mask",
+                    f"hides one of the first {self.encoder.prefix} tokens, which must stay.",
+                    "Pad on the right: tokenizer.padding_side = 'right'.",
+                )
+            )
         self._calls.clear()
         size = torch.ones(batch, tokens, device=hidden.device)
-        self.last = Pass(self.plan(tokens), size, positions, positions, padding)
+        for name, value in self._given.items():
+            if value.shape[:2] != (batch, tokens):
+                raise InputError(
+                    Problem(name, f"has the shape {tuple(value.shape)}, but there are {batch} rows of {tokens} tokens.")
+                )
+        memory = {name: value.to(hidden.device) for name, value in self._given.items()}
+        self.last = Pass(self.plan(tokens), size, positions, positions, padding, padding, memory)
+
+    def _check_pass(self, block: nn.Module) -> None:
+        """Refuse what the pass asks for and a reduction cannot give, before the first block runs."""
+        assert self.last is not None
+        if not self.last.reduces:
+            return
+        if self._collects_hidden and not self.masked:
+            raise InputError(
+                Problem(
+                    "output_hidden_states",
+                    "asks for the tokens after every block, which are fewer after each.",
+                    "Leave it out, or reduce with masked=True.",
+                )
+            )
+        if block.training and getattr(block, "gradient_checkpointing", False):
+            raise InputError(
+                Problem(
+                    "model",
+                    "checkpoints gradients: its blocks run a second time, when the tokens are gone.",
+                    "Call model.gradient_checkpointing_disable() first.",
+                )
+            )
 
     def _listen(self, index: int, call: AttentionCall) -> None:
         assert self.last is not None
@@ -197,22 +282,25 @@ class EncoderReduction(Handle):
             return
         if self.masked:
             call.add_key_bias(self._masked_bias(tokens))
-        elif self.method.proportional and self.method.merges:
-            call.add_key_bias(tokens.size.log())
+        else:
+            bias = tokens.key_bias(self.method)
+            if bias is not None:
+                call.add_key_bias(bias)
 
     def _masked_bias(self, tokens: Pass) -> Tensor:
         """What every place of the beginning adds to its scores: all members of a group together weigh what it does."""
         group = tokens.group.clamp_min(0)
-        members = torch.zeros_like(tokens.size).scatter_add_(1, group, (tokens.group >= 0).to(tokens.size))
+        unseen = tokens.group < 0 if tokens.hidden is None else (tokens.group < 0) | tokens.hidden
+        members = torch.zeros_like(tokens.size).scatter_add_(1, group, (~unseen).to(tokens.size)).clamp_min(1)
         bias = (tokens.size / members if self.method.proportional else 1 / members).log().gather(1, group)
-        return bias.masked_fill(tokens.group < 0, torch.finfo(bias.dtype).min)
+        return bias.masked_fill(unseen, torch.finfo(bias.dtype).min)
 
     def _reduce(self, index: int, hidden: Tensor) -> Tensor | None:
         """The reduced tokens of one block, or None where it takes none out."""
         tokens = self.last
         assert tokens is not None
         count, available = tokens.counts[index], tokens.positions.shape[1]
-        if count >= available:
+        if not tokens.reduces or (count >= available and not self.method.sees_every_block):
             return None
         whole, call = hidden, self._calls.get(index)
         if self.masked:
@@ -230,6 +318,10 @@ class EncoderReduction(Handle):
             tokens.padding,
             tokens.memory,
         )
+        if self.method.sees_every_block:
+            count = self.method.decide(layer, tokens.counts)
+            if count >= available:
+                return None
         change = self.method.reduce(layer, count)
         reduced = change.apply(hidden, tokens.size)
         tokens.follow(change)
@@ -270,9 +362,65 @@ def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> 
     compact = AttentionCall(
         call.module, taken(call.query), taken(call.key), taken(call.value), mask, call.scaling, softcap=call.softcap
     )
-    if tokens.reduced and method.proportional and method.merges:
-        compact.add_key_bias(tokens.size.log())
+    bias = tokens.key_bias(method) if tokens.reduced else None
+    if bias is not None:
+        compact.add_key_bias(bias)
     return compact
+
+
+_PER_TOKEN = (
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForMaskedImageModeling",
+    "ForSemanticSegmentation",
+)
+
+
+def check_encoder(encoder: Encoder, method: EncoderReducer, masked: bool, model: nn.Module) -> None:
+    """Refuse a method that does not fit the encoder, or whose budget leaves nothing.
+
+    Raises:
+        InputError: with every problem.
+    """
+    name, problems = type(method).__name__, []
+    if encoder.module in _REDUCED:
+        problems.append(
+            Problem(
+                "model", "is being reduced already, and only one method can count its tokens.", "Undo that one first."
+            )
+        )
+    if "class_token" in method.reads and not encoder.has_class_token:
+        problems.append(
+            Problem(
+                "model",
+                f"has no class token, which {name} reads.",
+                "Use a method that reads the mean over all queries, such as zero_tprune, or none, such as tome.",
+            )
+        )
+    if (
+        isinstance(method.keep, str)
+        and method.keep.endswith("tokens")
+        and int(method.keep.split()[0]) <= encoder.prefix
+    ):
+        problems.append(
+            Problem(
+                f"{name}.keep",
+                f"{method.keep!r} leaves none besides the {encoder.prefix} protected.",
+                f"Write {encoder.prefix + 1} tokens or more, these included.",
+            )
+        )
+    if not masked and type(model).__name__.endswith(_PER_TOKEN):
+        problems.append(
+            Problem(
+                "model",
+                f"{type(model).__name__} answers for every token, and tokens that go have no answer.",
+                "Reduce a model that answers for the whole input, or use masked=True, which saves no compute.",
+            )
+        )
+    if problems:
+        raise InputError(problems)
 
 
 def _mask_of(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:

@@ -69,13 +69,12 @@ class EViT(EncoderReducer):
         from tokenwise.reduction.merge import Merge, keep_only
 
         row = tokens.class_row()
-        score = row.masked_fill(tokens.protected(), float("inf"))
-        kept = largest(score, count - self.fuse)
+        kept = largest(tokens.ranked(row), count - self.fuse)
         if not self.fuse:
             return keep_only(kept)
         gone = torch.ones_like(row, dtype=torch.bool).scatter_(1, kept, False)
         places = torch.arange(count - 1, device=kept.device).expand(kept.shape[0], -1)
         target = torch.full_like(gone, count - 1, dtype=torch.long).scatter_(1, kept, places)
         # The fused token stands where the strongest of the dropped ones stood.
-        first = score.masked_fill(~gone, float("-inf")).argmax(1, keepdim=True)
+        first = row.masked_fill(~gone, -1).argmax(1, keepdim=True)
         return Merge(torch.cat([kept, first], 1), target, weights=torch.where(gone, row, 1.0), average=False)

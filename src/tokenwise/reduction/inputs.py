@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.vision_language import VisionLanguageModel, vision_language_model
+from tokenwise.models.vision_language import PROJECTOR_INPUTS, EncodedImage, VisionLanguageModel, vision_language_model
 from tokenwise.reduction.base import InputReducer
+from tokenwise.reduction.merge import Merge, Mixture
 from tokenwise.signals.head import IGNORED
 
 Positions = Literal["original", "compact"]
@@ -59,7 +63,8 @@ def prune_inputs(
             right with labels.
 
     Returns:
-        Inputs for the model's forward or generate: no pixels, the encoded images as ``mm_encoder_outputs``.
+        Inputs for the model's forward, or for one call of its generate (which changes the encoded images where it
+        has several beams, and must have its cache): no pixels, the encoded images as ``mm_encoder_outputs``.
 
     Raises:
         InputError: when the model is not known, or placeholders and image features do not match.
@@ -74,30 +79,32 @@ def prune(
     *,
     positions: Positions = "original",
     padding: Literal["left", "right"] | None = None,
+    masked: bool = False,
 ) -> Pruned:
-    """As `prune_inputs`, with what was kept."""
+    """As `prune_inputs`, with what was kept; with `masked` all tokens stay, and those that would be gone are hidden."""
     inputs = dict(batch)
     check_layout(layout, method)
-    input_ids = inputs.get("input_ids")
-    if input_ids is None:
-        raise InputError(
-            Problem("batch.input_ids", "is missing.", "Give token ids with a placeholder for each image feature.")
-        )
-    encoded = layout.encode(inputs, method.signals())
-    place = layout.placeholders(input_ids)
+    check_batch(layout, inputs)
+    input_ids = inputs["input_ids"]
+    mixes_inputs = method.before_projector and layout.projector() is not None
+    encoded = layout.encode(inputs, (*method.signals(), PROJECTOR_INPUTS) if mixes_inputs else method.signals())
     rows = [image.features.shape[0] for image in encoded.images]
-    if int(place.sum()) != sum(rows):
-        raise InputError(
-            Problem(
-                "batch.input_ids",
-                f"has {int(place.sum())} placeholders for {sum(rows)} image features.",
-                "Make both with the model's own processor.",
+    places = {modality: layout.placeholders(input_ids, modality) for modality in encoded.outputs}
+    for modality, place in places.items():
+        wanted = sum(len(image.features) for image in encoded.images if image.modality == modality)
+        if int(place.sum()) != wanted:
+            raise InputError(
+                Problem(
+                    "batch.input_ids",
+                    f"has {int(place.sum())} placeholders for {wanted} {modality} features.",
+                    "Make both with the model's own processor.",
+                )
             )
-        )
-    features, kept = [], []
+    features, kept, deeper = [], [], []
     for image, count in zip(encoded.images, method.counts_of(encoded.images), strict=True):
         if count >= image.features.shape[0]:
             features.append(image.features)
+            deeper.append(image.deeper)
             kept.append(torch.arange(image.features.shape[0], device=image.features.device))
             continue
         if count < 1:
@@ -105,21 +112,87 @@ def prune(
                 Problem(f"{type(method).__name__}.keep", "leaves no token of an image.", "Keep at least one.")
             )
         change = method.select(image, count)
-        size = torch.ones(1, image.features.shape[0], device=image.features.device)
-        features.append(change.apply(image.features.unsqueeze(0), size)[0])
+        features.append(
+            _project_changed(image, change, masked) if mixes_inputs else _changed(image.features, change, masked)
+        )
+        deeper.append(tuple(_changed(values, change, masked) for values in image.deeper))
         kept.append(change.kept[0])
     before, after = sum(rows), sum(part.shape[0] for part in kept)
-    stays = ~place
-    flags = torch.zeros(before, dtype=torch.bool, device=place.device)
-    start = 0
-    for count, part in zip(rows, kept, strict=True):
-        flags[start + part.to(flags.device)] = True
-        start += count
-    stays[place] = flags
+    stays = torch.ones_like(input_ids, dtype=torch.bool)
+    for modality, place in places.items():
+        own = [
+            (len(image.features), part)
+            for image, part in zip(encoded.images, kept, strict=True)
+            if image.modality == modality
+        ]
+        flags = [
+            torch.zeros(count, dtype=torch.bool, device=place.device).index_fill_(0, part.to(place.device), True)
+            for count, part in own
+        ]
+        stays[place] = torch.cat(flags)
     made = {name: value for name, value in inputs.items() if name not in encoded.used}
-    made |= _compacted(layout, inputs, stays, positions, padding)
-    made["mm_encoder_outputs"] = layout.replace(encoded, features, kept)
+    if not bool(stays.all()):
+        if any(bool((place & ~_mask(inputs, place).bool()).any()) for place in places.values()):
+            raise InputError(
+                Problem("batch.attention_mask", "hides placeholders of images.", "Hide padding alone, or keep all.")
+            )
+        made = {name: value for name, value in made.items() if name not in layout.grids}
+        made |= _hidden(layout, inputs, stays) if masked else _compacted(layout, inputs, stays, positions, padding)
+    made["mm_encoder_outputs"] = layout.replace(encoded, features, deeper)
     return Pruned(made, kept, before, after)
+
+
+def _changed(values: Tensor, change: Merge | Mixture, masked: bool) -> Tensor:
+    """The rows `values` after a change; with `masked` all of them, those that stay changed where they stand."""
+    size = torch.ones(1, values.shape[0], device=values.device)
+    changed = change.apply(values.unsqueeze(0), size)[0]
+    return values.index_copy(0, change.kept[0], changed) if masked else changed
+
+
+def check_batch(layout: VisionLanguageModel, batch: Mapping[str, Any]) -> None:
+    """Refuse a batch whose tokens cannot be told from placeholders, or that goes on from a cache."""
+    if batch.get("input_ids") is None:
+        embedded = batch.get("inputs_embeds") is not None
+        message = "is missing; in inputs_embeds placeholders cannot be told apart." if embedded else "is missing."
+        fix = "Give token ids with a placeholder for each image feature."
+        raise InputError(Problem("batch.input_ids", message, fix))
+    mask = batch.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape):
+        raise InputError(
+            Problem("batch.attention_mask", "is not of the shape of input_ids.", "Give one number for each token.")
+        )
+    given = batch.get("position_ids")
+    if mask is None and given is not None and given.dim() == 2 and bool((given.diff(dim=-1) != 1).any()):
+        raise InputError(
+            Problem(
+                "batch.position_ids",
+                "begin anew within a row, as those of packed sequences, which image tokens cannot be taken out of.",
+                "Give each sequence a row, or an attention_mask.",
+            )
+        )
+    if _length(batch.get("past_key_values")):
+        raise InputError(
+            Problem(
+                "batch.past_key_values",
+                "holds tokens already; images are reduced where a conversation begins.",
+                "Give the whole conversation without a cache.",
+            )
+        )
+    layout.check(batch)
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _project_changed(image: EncodedImage, change: Merge | Mixture, masked: bool) -> Tensor:
+    """Features of what `change` makes of the projector's inputs; rows that are no patches are passed on."""
+    assert image.projector is not None
+    inputs = image.signals[PROJECTOR_INPUTS].masked_fill(~image.patch.unsqueeze(1), 0)
+    made = image.projector(_changed(inputs, change, False))
+    kept = change.kept[0]
+    changed = torch.where(image.patch[kept].unsqueeze(1), made, image.features[kept])
+    return image.features.index_copy(0, kept, changed) if masked else changed
 
 
 def check_layout(layout: VisionLanguageModel, method: InputReducer) -> None:
@@ -133,6 +206,15 @@ def check_layout(layout: VisionLanguageModel, method: InputReducer) -> None:
                 "Use a method that reads the mean over all queries (hi_prune) or the features alone (div_prune).",
             )
         )
+    if "projector" in method.reads and layout.projector() is None:
+        raise InputError(
+            Problem(
+                "model",
+                f"{type(layout.model).__name__} has no projector that reads each patch by itself, as "
+                f"{type(method).__name__} needs it.",
+                "Use a method that reads the features alone (div_prune).",
+            )
+        )
 
 
 def _compacted(
@@ -143,10 +225,7 @@ def _compacted(
     padding: Literal["left", "right"] | None,
 ) -> dict[str, Any]:
     """The token-shaped inputs without the tokens that go, and explicit positions and mask."""
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(stays, dtype=torch.long) if mask is None else mask
-    if bool(stays.all()) and inputs.get("position_ids") is None:
-        return {}
+    mask = _mask(inputs, stays)
     padded = ~mask.bool()
     if padding is None:
         if bool(padded.any()):
@@ -172,13 +251,42 @@ def _compacted(
                 fill = _padding_id(layout)
             made[name] = taken.masked_fill(~real.to(values.device), fill)
     made["attention_mask"] = real.to(mask.dtype)
-    given = inputs.get("position_ids")
-    whole = layout.position_ids(dict(inputs), mask) if given is None else given
-    if positions == "compact" and whole.dim() == 2:
+    whole = _positions(layout, inputs, mask)
+    if positions == "compact":
+        if whole.dim() > 2:
+            raise InputError(
+                Problem(
+                    "positions",
+                    "'compact' numbers tokens in one line; this model has positions in time and space.",
+                    "Use 'original'.",
+                )
+            )
         made["position_ids"] = (made["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
     else:
         made["position_ids"] = whole.gather(-1, index.expand(*whole.shape[:-1], longest).to(whole.device))
     return made
+
+
+def _hidden(layout: VisionLanguageModel, inputs: Mapping[str, Any], stays: Tensor) -> dict[str, Any]:
+    """The whole token-shaped inputs, the tokens that would be gone hidden from all others."""
+    mask = _mask(inputs, stays)
+    made: dict[str, Any] = {
+        "attention_mask": mask.masked_fill(~stays, 0),
+        "position_ids": _positions(layout, inputs, mask),
+    }
+    if inputs.get("labels") is not None:
+        made["labels"] = inputs["labels"].masked_fill(~stays, IGNORED)
+    return made
+
+
+def _mask(inputs: Mapping[str, Any], stays: Tensor) -> Tensor:
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(stays, dtype=torch.long) if mask is None else mask
+
+
+def _positions(layout: VisionLanguageModel, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+    given: Tensor | None = inputs.get("position_ids")
+    return layout.position_ids(inputs, mask) if given is None else given
 
 
 def _padding_id(layout: VisionLanguageModel) -> int:
@@ -187,50 +295,107 @@ def _padding_id(layout: VisionLanguageModel) -> int:
     return 0 if found is None or found < 0 else int(found)
 
 
+@torch.no_grad()
+def verify_inputs(model: nn.Module, batch: Mapping[str, Any], method: InputReducer) -> float:
+    """How far the reduced model is from the dense one in which the tokens that go are hidden.
+
+    Args:
+        model: a vision-language model in evaluation mode.
+        batch: its inputs, as its processor makes them.
+        method: chooses the tokens.
+
+    Returns:
+        The largest absolute difference of the logits of a token that stays: rounding, where all is well.
+
+    Raises:
+        InputError: as `prune_inputs`, and for a model in training mode, whose dropout would be measured.
+    """
+    if model.training:
+        raise InputError(Problem("model", "is in training mode.", "Call model.eval() before."))
+    layout = vision_language_model(model)
+    batches = [prune(layout, batch, method, masked=masked).batch for masked in (False, True)]
+    found, expected = (_real_logits(model, inputs) for inputs in batches)
+    return float((found - expected).abs().max())
+
+
+def _real_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The logits of what is not hidden, [tokens, vocabulary], fp32."""
+    mask = batch.get("attention_mask")
+    logits: Tensor = model(**batch).logits
+    return (logits.flatten(0, 1) if mask is None else logits[mask.bool()]).float()
+
+
 class InputReduction(Handle):
     """A vision-language model that reads fewer image tokens, until `undo`.
 
     Attributes:
         stats: ``batches``, and over all of them ``image_tokens_before`` and ``image_tokens_after``.
-        kept: rows of each image that stayed, of the last batch.
+        kept: rows of each image that stayed, of the last batch; videos after images.
     """
 
-    def __init__(self, model: Any, method: InputReducer, positions: Positions = "original"):
+    def __init__(self, model: Any, method: InputReducer, positions: Positions = "original", *, masked: bool = False):
         super().__init__()
         layout = vision_language_model(model)
         check_layout(layout, method)
         self.kept: list[Tensor] = []
         forward, generate = model.forward, model.generate
+        signature = inspect.signature(forward)
+        # Caches that hold fewer tokens than the ids they were made from.
+        shortened: WeakSet[Any] = WeakSet()
 
-        def pruned(inputs: dict[str, Any], padding: Literal["left", "right"] | None = None) -> dict[str, Any]:
-            found = prune(layout, inputs, method, positions=positions, padding=padding)
+        def pruned(inputs: dict[str, Any], padding: Literal["left", "right"] | None = None) -> Pruned:
+            found = prune(layout, inputs, method, positions=positions, padding=padding, masked=masked)
             self.kept = found.kept
             for name, value in (("batches", 1), ("image_tokens_before", found.before)):
                 self.stats[name] = self.stats.get(name, 0) + value
             self.stats["image_tokens_after"] = self.stats.get("image_tokens_after", 0) + found.after
-            return found.batch
+            return found
+
+        def remember(output: Any, found: Pruned) -> None:
+            cache = getattr(output, "past_key_values", None)
+            if cache is not None and found.after < found.before:
+                shortened.add(cache)
+
+        def refuse_shortened(cache: Any) -> None:
+            if cache is not None and cache in shortened:
+                raise InputError(
+                    Problem(
+                        "past_key_values",
+                        "comes from a call with fewer tokens than its ids had.",
+                        "Give the whole conversation without a cache; or, to forward, position_ids of the new tokens.",
+                    )
+                )
 
         @functools.wraps(forward)
         def reduced_forward(*args: Any, **inputs: Any) -> Any:
-            if inputs.get("pixel_values") is not None:
-                if args:
-                    inputs["input_ids"], args = args[0], args[1:]
-                inputs = pruned(inputs)
-            return forward(*args, **inputs)
+            inputs = {**signature.bind_partial(*args).arguments, **inputs}
+            if layout.has_pixels(inputs):
+                found = pruned(inputs)
+                output = forward(**found.batch)
+                remember(output, found)
+                return output
+            if inputs.get("position_ids") is None:
+                refuse_shortened(inputs.get("past_key_values"))
+            elif _lacks_mask(inputs):
+                # As in generation without a cache: gaps of positions would be taken for borders of packed sequences.
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            return forward(**inputs)
 
         @functools.wraps(generate)
         def reduced_generate(inputs: Tensor | None = None, *args: Any, **options: Any) -> Any:
-            if options.get("pixel_values") is None:
+            refuse_shortened(options.get("past_key_values"))
+            if not layout.has_pixels(options):
                 return generate(inputs, *args, **options)
             if inputs is not None:
                 options["input_ids"] = inputs
-            whole = options["input_ids"]
-            options = pruned(options, "left")
+            whole = options.get("input_ids")
+            made = pruned(options, "left")
+            options = made.batch
+            assert whole is not None
             short = options["input_ids"].shape[1]
-            for name in ("max_length", "min_length"):
-                if options.get(name) is not None:
-                    options[name] -= whole.shape[1] - short
+            _shorten(options, whole.shape[1] - short)
             found = generate(None, *args, **options)
+            remember(found, made)
             sequences = found if isinstance(found, Tensor) else found.sequences
             times = sequences.shape[0] // whole.shape[0]
             prompt = whole.repeat_interleave(times, dim=0).to(sequences.device)
@@ -240,5 +405,24 @@ class InputReduction(Handle):
             found.sequences = sequences
             return found
 
+        self.on_undo(layout.keep_state())
         self.on_undo(replace_attribute(model, "forward", reduced_forward))
         self.on_undo(replace_attribute(model, "generate", reduced_generate))
+
+
+def _lacks_mask(inputs: Mapping[str, Any]) -> bool:
+    """Whether encoded images are given without a mask and a cache."""
+    given = [inputs.get(name) is not None for name in ("attention_mask", "past_key_values")]
+    return inputs.get("mm_encoder_outputs") is not None and inputs.get("input_ids") is not None and not any(given)
+
+
+def _shorten(options: dict[str, Any], fewer: int) -> None:
+    """Lengths that count the prompt, for a prompt with `fewer` tokens."""
+    config = copy.copy(options.get("generation_config"))
+    for name in ("max_length", "min_length"):
+        if options.get(name) is not None:
+            options[name] -= fewer
+        if getattr(config, name, None):
+            setattr(config, name, max(getattr(config, name) - fewer, 0))
+    if config is not None:
+        options["generation_config"] = config

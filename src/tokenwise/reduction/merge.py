@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -15,10 +15,12 @@ class Merge:
     Args:
         kept: for each output token the input token whose place it takes, [batch, kept], int64.
         target: the output token that each input token goes to, [batch, tokens], int64; -1 where it is dropped. None
-            where all but the kept ones are dropped.
+            where all but the kept ones are dropped. An output token to which none goes has size 0 and fills up its
+            row: it is the kept token once more, and attention does not see it (`fills`).
         weights: of each input token in the sum it goes to, [batch, tokens]; its size unless given.
         average: whether each sum is divided by the sum of its weights.
         sizes: what each token adds to the size of the output token, [batch, tokens]; its size unless given.
+        fills: whether there may be output tokens to which none goes.
     """
 
     kept: Tensor
@@ -26,6 +28,7 @@ class Merge:
     weights: Tensor | None = None
     average: bool = True
     sizes: Tensor | None = None
+    fills: bool = False
 
     def apply(self, values: Tensor, size: Tensor) -> Tensor:
         """The output tokens' values.
@@ -44,8 +47,9 @@ class Merge:
         # A token that nothing joins is passed on as it is, whatever the arithmetic of the others.
         total = self._sum(weights.unsqueeze(2) * values.to(dtype))
         if self.average:
-            total = total / self._sum(weights.unsqueeze(2))
-        alone = self._sum(torch.ones_like(weights).unsqueeze(2)) == 1
+            weight = self._sum(weights.unsqueeze(2))
+            total = total / weight.where(weight != 0, 1)
+        alone = self._sum(torch.ones_like(weights).unsqueeze(2)) <= 1
         own = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
         unchanged = alone if self.average else alone & (weights.gather(1, self.kept) == 1).unsqueeze(2)
         return torch.where(unchanged, own, total.to(values.dtype))
@@ -76,6 +80,8 @@ class Merge:
         if self.target is None:
             return member
         weighted = member * (size if self.weights is None else self.weights).double().unsqueeze(1)
+        filling = nn.functional.one_hot(self.kept, tokens).double()
+        weighted = weighted.where(member.sum(2, keepdim=True) > 0, filling)
         return weighted / weighted.sum(2, keepdim=True) if self.average else weighted
 
     def _sum(self, values: Tensor) -> Tensor:

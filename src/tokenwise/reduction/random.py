@@ -49,10 +49,10 @@ class RandomDrop(EncoderReducer):
     """Seed of the draws; the same for every image."""
 
     def counts(self, shape: Shape) -> list[int]:
-        from tokenwise.policies.plans import counts_after_merging, fit, removed_evenly
+        from tokenwise.policies.plans import counts_after_dropping, fit, removed_evenly
 
         def plan(rate: float) -> list[int]:
-            return counts_after_merging(shape, removed_evenly(rate, shape.layers))
+            return counts_after_dropping(shape, removed_evenly(rate, shape.layers))
 
         return fit(plan, self.keep, shape, between=True, largest=shape.tokens)
 
@@ -64,5 +64,4 @@ class RandomDrop(EncoderReducer):
 
         generator = torch.Generator().manual_seed(self.seed * 1000 + tokens.layer)
         drawn = torch.rand(tokens.hidden.shape[1], generator=generator).to(tokens.hidden.device)
-        score = drawn.expand(tokens.hidden.shape[:2]).masked_fill(tokens.protected(), float("inf"))
-        return keep_only(largest(score, count))
+        return keep_only(largest(tokens.ranked(drawn.expand(tokens.hidden.shape[:2])), count))

@@ -11,6 +11,8 @@ from tokenwise.policies.budget import Keep
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokenwise.policies.plans import Shape
     from tokenwise.reduction.merge import Merge
 
@@ -50,12 +52,16 @@ class ToMe(EncoderReducer):
             return plan(self.r)
         return fit(plan, self.keep, shape, between=True, largest=shape.tokens)
 
+    def edges(self, tokens: LayerTokens) -> tuple[Tensor, Tensor]:
+        """How ready each token at an even place is to be merged, and into which, both [batch, even tokens]."""
+        from tokenwise.policies.matching import bipartite_edges
+
+        return bipartite_edges(tokens.keys(), tokens.protected())
+
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
-        from tokenwise.policies.matching import bipartite_edges, largest, merge_into_partners
+        from tokenwise.policies.matching import merge_best_edges
         from tokenwise.reduction.merge import Merge
 
         available = tokens.hidden.shape[1]
-        similarity, partner = bipartite_edges(tokens.keys(), tokens.protected())
-        even = largest(similarity, available - count)
-        kept, target = merge_into_partners(even * 2, partner.gather(1, even), available)
-        return Merge(kept, target)
+        similarity, partner = self.edges(tokens)
+        return Merge(*merge_best_edges(similarity, partner, available, available - count, tokens.padding))

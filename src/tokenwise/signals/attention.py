@@ -115,6 +115,46 @@ def attention_columns(
     return total / count
 
 
+@torch.no_grad()
+def attention_rank(
+    query: Tensor,
+    key: Tensor,
+    bias: Bias,
+    scaling: float,
+    steps: int,
+    softcap: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The importance of each token when all begin alike and each step hands it on to what a token attends to.
+
+    One step is `attention_columns`. The map is made block by block in every step, and once where it is one block.
+
+    Args:
+        query, key, bias, scaling, softcap: as for `attention_rows`; there are as many queries as keys.
+        steps: how often importance is handed on, at least 1.
+        valid: tokens that have importance at the beginning, [batch, queries], bool; all unless given.
+
+    Returns:
+        [batch, heads, keys], summing to 1 over the keys, fp32 (fp64 for fp64 inputs).
+    """
+    batch, heads, queries, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    began = torch.ones(batch, queries, device=query.device) if valid is None else valid
+    rank = (began / began.sum(1, keepdim=True).clamp_min(1)).to(dtype).unsqueeze(1).expand(-1, heads, -1)
+    size = max(1, _BLOCK_BYTES // (4 * batch * heads * max(key.shape[2], 1)))
+
+    def block(rows: slice) -> Tensor:
+        positions = torch.arange(rows.start, rows.stop, device=query.device).expand(batch, -1)
+        return _softmax_of(query[:, :, rows], key, bias(positions), scaling, softcap)
+
+    blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    only = block(blocks[0]) if len(blocks) == 1 else None
+    for _ in range(steps):
+        parts = (rank[:, :, None, rows] @ (block(rows) if only is None else only) for rows in blocks)
+        rank = sum(parts, torch.zeros(batch, heads, 1, key.shape[2], dtype=dtype, device=query.device)).squeeze(2)
+    return rank
+
+
 def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):

@@ -135,6 +135,9 @@ def check_model(model: Any, router_loss: bool = False) -> None:
     Raises:
         InputError: naming what does not fit and the way out.
     """
+    if isinstance(model, nn.DataParallel):
+        message = "is wrapped in nn.DataParallel, whose copies would each weigh a part of the batch."
+        raise InputError(Problem("model", message, "Start one process per GPU with torchrun, or weigh model.module."))
     if not isinstance(model, PreTrainedModel):
         raise InputError(Problem("model", f"{type(model).__name__} is no transformers model."))
     check_not_weighed(model)
