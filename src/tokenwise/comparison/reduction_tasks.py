@@ -191,7 +191,7 @@ class ImageClassification(ReductionTask):
         found: dict[str, list[int] | InputError] = {}
         for name, method in methods.items():
             try:
-                reduction = EncoderReduction(encoder, method)  # type: ignore[arg-type]
+                reduction = EncoderReduction(encoder, method, model=empty)  # type: ignore[arg-type]
                 with reduction:
                     found[name] = reduction.plan(tokens)
             except InputError as error:
