@@ -6,6 +6,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
+# timm without what it asks for: torchvision from PyPI is built for CUDA. Beside a torch without, it does not load, and
+# transformers breaks where it is installed so. The tests need nothing of it.
+TIMM := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps timm
 
 # Threads that wait sleep instead of spinning: small models run as fast, and a busy machine does not make them crawl.
 test demo: export OMP_WAIT_POLICY = PASSIVE
@@ -62,6 +65,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) '.[test,ray]'
+	$(TIMM)
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(VENV)/.created pyproject.toml constraints.txt
@@ -70,4 +74,5 @@ $(VENV)/.installed-docs: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) '.[dev]'
+	$(TIMM)
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs

@@ -77,8 +77,8 @@ def find_encoder(model: nn.Module) -> Encoder:
         problem = Problem(
             "model",
             f"{type(model).__name__} has no encoder of a known layout.",
-            "Known are ViT, DeiT, CLIP, SigLIP, DINOv2 (with registers) of transformers, timm's VisionTransformer, and "
-            "of text encoders those with learned positions: BERT, RoBERTa, ELECTRA, DistilBERT and their kin.",
+            "Known are ViT, DeiT, CLIP, SigLIP and DINOv2 (with registers) of transformers, timm's VisionTransformer "
+            "and Eva, and of text encoders those with learned positions: BERT, RoBERTa, ELECTRA, DistilBERT.",
         )
     raise InputError(problem)
 
@@ -151,14 +151,33 @@ def _position_free(attention: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in names and kind == "absolute"
 
 
+# What adds the feed-forward branch to the input of norm2. Other blocks of timm have the same names in another order.
+_TIMM_BRANCHES = {
+    "timm.models.vision_transformer.Block": ("mlp", "ls2", "drop_path2"),
+    "timm.models.eva.EvaBlock": ("mlp", "drop_path2"),
+}
+_TIMM_ATTENTION = tuple(f"timm.{name}" for name in ("layers.attention.Attention", "layers.attention.AttentionRope"))
+_TIMM_ATTENTION += ("timm.models.eva.EvaAttention",)
+
+
 def _timm_encoder(owner: Any) -> Encoder | None:
-    if not (isinstance(getattr(owner, "blocks", None), nn.Sequential) and hasattr(owner, "num_prefix_tokens")):
+    if not (hasattr(owner, "blocks") and hasattr(owner, "num_prefix_tokens") and hasattr(owner, "cls_token")):
+        return None
+    inner: Any = owner.blocks
+    if not (isinstance(inner, (nn.Sequential, nn.ModuleList)) and len(inner)):
         return None
     blocks = []
-    for block in owner.blocks:
-        if not all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "ls2", "drop_path2")):
+    for block in list[Any](inner):
+        branch = _TIMM_BRANCHES.get(_full_name(block))
+        if branch is None or _full_name(block.attn) not in _TIMM_ATTENTION:
             return None
-        blocks.append(EncoderBlock(block, block.attn, block.norm2, (block.mlp, block.ls2, block.drop_path2)))
-    hidden = next(module.out_features for module in owner.blocks[0].mlp.modules() if isinstance(module, nn.Linear))
-    has_class = getattr(owner, "cls_token", None) is not None
-    return Encoder(owner, tuple(blocks), owner.num_prefix_tokens, has_class, owner.embed_dim, hidden)
+        blocks.append(EncoderBlock(block, block.attn, block.norm2, tuple(getattr(block, name) for name in branch)))
+    matrices = [module.weight for module in blocks[0].branch[0].modules() if isinstance(module, nn.Linear)]
+    hidden = matrices[-1].shape[1]
+    gated = sum(matrix.numel() for matrix in matrices) == 3 * owner.embed_dim * hidden
+    has_class = owner.cls_token is not None
+    return Encoder(owner, tuple(blocks), owner.num_prefix_tokens, has_class, owner.embed_dim, hidden, gated=gated)
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

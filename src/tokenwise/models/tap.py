@@ -99,14 +99,16 @@ class AttentionCall:
         return attention_rank(self.query, self.key, self._bias, self.scaling, steps, self.softcap, valid)
 
     def _bias(self, positions: Tensor) -> Tensor | None:
-        """What is added to the scores of the queries at `positions` ([batch, rows]), or None."""
+        """What is added to the scores of the queries at `positions` ([batch or 1, rows]), or None."""
         bias = self.key_bias
         if self.mask is not None:
-            mask = _additive(self.mask, self.query.dtype)
-            if mask.shape[2] > 1:
-                batch = mask.expand(positions.shape[0], *mask.shape[1:])
-                index = positions[:, None, :, None].expand(-1, batch.shape[1], -1, batch.shape[3])
-                mask = batch.gather(2, index)
+            mask = self.mask
+            if mask.shape[2] > 1 and positions.shape[0] == 1:
+                mask = mask[:, :, positions[0]]
+            elif mask.shape[2] > 1:
+                index = positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+                mask = mask.expand(positions.shape[0], -1, -1, -1).gather(2, index)
+            mask = _additive(mask, self.query.dtype)
             bias = mask if bias is None else mask + bias
         elif self.causal or self.window is not None:
             keys = torch.arange(self.key.shape[2], device=positions.device)
@@ -126,8 +128,7 @@ class AttentionCall:
         if self.mask is None:
             if not self.causal and self.window is None:
                 return bias
-            queries = torch.arange(self.query.shape[2], device=bias.device).expand(bias.shape[0], -1)
-            whole = self._bias(queries)
+            whole = self._bias(torch.arange(self.query.shape[2], device=bias.device).unsqueeze(0))
             assert whole is not None
             return whole.to(self.query.dtype)
         return _additive(self.mask, self.query.dtype) + bias
@@ -300,7 +301,7 @@ class _Intercept(TorchFunctionMode):
         self.listening.tell(call)
         if call.key_bias is not None:
             options["attn_mask"], options["is_causal"] = call.biased_mask(), False
-        return function(*given.args, **given.kwargs)
+        return function(**options)
 
 
 def _sdpa_signature(
@@ -320,31 +321,24 @@ _SDPA = inspect.signature(_sdpa_signature)
 
 def _listen_to_sdpa(module: Any, listening: _Listening) -> Callable[[], None]:
     """What calls PyTorch's fused attention by itself, as timm does, is caught at that call."""
-    active: list[_Intercept] = []
+    not_fused = InputError(
+        Problem(
+            "model",
+            f"{type(module).__name__} does not call PyTorch's fused attention.",
+            "For timm, call timm.layers.set_fused_attn(True) before the model is made.",
+        )
+    )
+    if not getattr(module, "fused_attn", True):
+        raise not_fused
+    plain = module.forward
 
-    def before(*_: Any) -> None:
-        active.append(_Intercept(module, listening))
-        active[-1].__enter__()
+    def tapped(*args: Any, **options: Any) -> Any:
+        if not listening.listeners:
+            return plain(*args, **options)
+        with _Intercept(module, listening) as mode:
+            output = plain(*args, **options)
+        if not mode.called:
+            raise not_fused
+        return output
 
-    def after(*_: Any) -> None:
-        mode = active.pop()
-        mode.__exit__(None, None, None)
-        if not mode.called and sys.exc_info()[0] is None:
-            raise InputError(
-                Problem(
-                    "model",
-                    f"{type(module).__name__} does not call PyTorch's fused attention.",
-                    "For timm, call timm.layers.set_fused_attn(True) before the model is made.",
-                )
-            )
-
-    handles = [
-        module.register_forward_pre_hook(before, prepend=True),
-        module.register_forward_hook(after, always_call=True),
-    ]
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo
+    return replace_attribute(module, "forward", tapped)

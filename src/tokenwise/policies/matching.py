@@ -27,10 +27,11 @@ def bipartite_edges(metric: Tensor, excluded: Tensor | None = None) -> tuple[Ten
     """
     metric = normalized(metric)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    if excluded is not None:
-        scores = scores.masked_fill(excluded[:, ::2, None] | excluded[:, None, 1::2], float("-inf"))
-    similarity, index = scores.max(dim=2)
-    return similarity, index * 2 + 1
+    if excluded is None:
+        similarity, index = scores.max(dim=2)
+        return similarity, index * 2 + 1
+    similarity, index = scores.masked_fill_(excluded[:, None, 1::2], float("-inf")).max(dim=2)
+    return similarity.masked_fill(excluded[:, ::2], float("-inf")), index * 2 + 1
 
 
 def merge_into_partners(even: Tensor, partner: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -55,9 +56,11 @@ def merge_into_partners(even: Tensor, partner: Tensor, tokens: int) -> tuple[Ten
 
 
 def merge_best_edges(
-    similarity: Tensor, partner: Tensor, tokens: int, removed: int, padding: Tensor | None = None
+    similarity: Tensor, partner: Tensor, tokens: int, removed: int, padding: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Merge the tokens with the best edges of `bipartite_edges` into their partners; padding is dropped before.
+
+    What stays keeps its order.
 
     Args:
         similarity, partner: of the tokens at even places, [batch, even tokens].
@@ -68,15 +71,46 @@ def merge_best_edges(
     Returns:
         As `merge_into_partners`.
     """
-    if padding is None:
-        even = largest(similarity, removed)
-        return merge_into_partners(even * 2, partner.gather(1, even), tokens)
     score = similarity.new_full((len(similarity), tokens), float("-inf"))
     score[:, ::2] = similarity
     into = torch.full_like(score, -1, dtype=torch.long)
     into[:, ::2] = partner
     gone = largest(score.masked_fill(padding, float("inf")), removed)
     return merge_into_partners(gone, into.masked_fill(padding, -1).gather(1, gone), tokens)
+
+
+def merge_evens(similarity: Tensor, partner: Tensor, tokens: int, merged: int, prefix: int) -> tuple[Tensor, ...]:
+    """The even tokens most similar to their partners go into them.
+
+    The order of the output is ToMe's, on which the next matching depends: the even tokens that stay, then the odd ones;
+    the prefix before them all.
+
+    Args:
+        similarity, partner: of the even tokens, as `bipartite_edges` gives them.
+        tokens: how many tokens there are.
+        merged: how many go.
+        prefix: how many at the beginning stand first in the output too; none of them goes.
+
+    Returns:
+        kept: the tokens that stay, [batch, tokens - merged].
+        target: the place among them that each token goes to, [batch, tokens].
+        gone: the tokens that go into others, [batch, merged].
+    """
+    batch, device = similarity.shape[0], similarity.device
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    gone = order[:, :merged] * 2
+    stay = order[:, merged:].sort(dim=1).values * 2
+    odd = torch.arange(1, tokens, 2, device=device)
+    if prefix > 1:
+        first, evens, odds = torch.arange(prefix, device=device), (prefix + 1) // 2, prefix // 2
+        parts = [first.expand(batch, -1), stay[:, evens:], odd[odds:].expand(batch, -1)]
+    else:
+        parts = [stay, odd.expand(batch, -1)]
+    kept = torch.cat(parts, 1)
+    places = torch.arange(kept.shape[1], device=device).expand(batch, -1)
+    target = kept.new_empty(batch, tokens).scatter_(1, kept, places)
+    into = target.gather(1, partner.gather(1, order[:, :merged]))
+    return kept, target.scatter_(1, gone, into), gone
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -59,7 +59,7 @@ def removed_linearly(rate: float, inflection: float, layers: int) -> list[int]:
         inflection: in [-1, 1]: -1 removes most at the beginning, 1 most at the end, 0 the same everywhere.
         layers: how many blocks.
     """
-    low = rate * (1 - inflection)
+    low = int(rate * (1 - inflection) + 1e-9)
     step = (2 * rate - 2 * low) / max(layers - 1, 1)
     # A rounding error below a whole number must not cost a token.
     return [int(low + step * layer + 1e-9) for layer in range(layers)]

@@ -12,9 +12,11 @@ _PUBLIC = {
     "Merge": "merge",
     "Mixture": "merge",
     "TokenReducer": "base",
+    "compression_aware_attack": "robustness",
     "identifier_groups": "code_identifiers",
     "keep_only": "merge",
     "prune_inputs": "inputs",
+    "rank_stability": "robustness",
     "reduce": "apply",
     "verify_inputs": "inputs",
 }

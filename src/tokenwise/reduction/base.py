@@ -136,6 +136,10 @@ class EncoderReducer(TokenReducer):
         """
         return counts[tokens.layer]
 
+    def score(self, tokens: LayerTokens) -> Tensor | None:
+        """What `reduce` ranks the tokens of a block by, [batch, tokens], larger stays; None where it ranks none."""
+        return None
+
     @abstractmethod
     def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture:
         """What becomes of the tokens of one block so that `count` are left."""
@@ -161,6 +165,11 @@ class InputReducer(TokenReducer):
     def counts_of(self, images: list[EncodedImage]) -> list[int]:
         """Rows of each image that stay: the same share, or amount, of each unless given."""
         return [kept_count(self.keep, image.features.shape[0]) for image in images]
+
+    def score(self, image: EncodedImage) -> Tensor | None:
+        """What `select` ranks the rows of an image by, [tokens], larger stays; not finite where a row is no patch.
+        None where it ranks none."""
+        return None
 
     @abstractmethod
     def select(self, image: EncodedImage, count: int) -> Merge | Mixture:

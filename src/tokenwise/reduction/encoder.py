@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -15,7 +16,7 @@ from tokenwise.models.encoders import Encoder, EncoderBlock
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.policies.plans import Shape
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
-from tokenwise.reduction.merge import Merge, Mixture
+from tokenwise.reduction.merge import Merge, Mixture, take
 
 _REDUCED: WeakSet[nn.Module] = WeakSet()
 """The encoders that are being reduced."""
@@ -94,6 +95,7 @@ class EncoderReduction(Handle):
             feed-forward layers worked on) and ``macs_share`` (of the blocks' multiply-accumulates).
         masked: do not take tokens out but hide them from attention, and give each merged token all its members'
             places: the reference to which the fast way is compared.
+        watch: called with the tokens of each block that takes some out, before it does; None unless set.
     """
 
     def __init__(self, encoder: Encoder, method: EncoderReducer, masked: bool = False, model: nn.Module | None = None):
@@ -103,6 +105,7 @@ class EncoderReduction(Handle):
         self.method = method
         self.masked = masked
         self.last: Pass | None = None
+        self.watch: Callable[[LayerTokens], None] | None = None
         self._plans: dict[int, list[int]] = {}
         self._calls: dict[int, AttentionCall] = {}
         self._given: dict[str, Tensor] = {}
@@ -112,8 +115,12 @@ class EncoderReduction(Handle):
         self.on_undo(lambda: _REDUCED.discard(encoder.module))
         hook = model.register_forward_pre_hook(self._called, with_kwargs=True)
         self.on_undo(hook.remove)
-        for index, block in enumerate(encoder.blocks):
-            self._attach(index, block)
+        try:
+            for index, block in enumerate(encoder.blocks):
+                self._attach(index, block)
+        except BaseException:
+            self.undo()
+            raise
 
     def plan(self, tokens: int) -> list[int]:
         """Tokens after each block when `tokens` come in."""
@@ -164,9 +171,11 @@ class EncoderReduction(Handle):
                 self._begin(hidden, _mask_of(args, options))
                 self._check_pass(module)
             assert self.last is not None
-            if not self.last.reduced or self.masked:
+            if not self.last.reduced:
                 return None
-            return _with_mask(args, options, self.last)
+            if options.get("rope") is not None:
+                options = {**options, "rope": self._rope(options["rope"], self.last)}
+            return (args, options) if self.masked else _with_mask(args, options, self.last)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             assert self.last is not None
@@ -214,7 +223,9 @@ class EncoderReduction(Handle):
                 hook(block.norm.register_forward_pre_hook(between))
                 for module in dict.fromkeys(block.branch):
                     hook(module.register_forward_hook(in_branch))
-        self.on_undo(listen(block.attention, lambda call: self._listen(index, call)))
+        # Merging methods may leave places that attention must not see, or count some tokens as many.
+        if self.masked or self.method.merges or "attention" in self.method.reads:
+            self.on_undo(listen(block.attention, lambda call: self._listen(index, call)))
 
     def _begin(self, hidden: Tensor, mask: Tensor | None) -> None:
         batch, tokens = hidden.shape[:2]
@@ -287,6 +298,21 @@ class EncoderReduction(Handle):
             if bias is not None:
                 call.add_key_bias(bias)
 
+    def _rope(self, rope: Tensor, tokens: Pass) -> Tensor:
+        """The rotary embedding of the places at which the tokens stand: a merged token stands where the one that
+        took the others in stood.
+
+        Args:
+            rope: what timm gives its blocks, [tokens but the prefix, channels], with heads or batch and heads in front.
+        """
+        places = tokens.positions
+        if self.masked:
+            own = torch.arange(tokens.group.shape[1], device=places.device)
+            places = torch.where(tokens.group < 0, own, places.gather(1, tokens.group.clamp_min(0)))
+        places = places[:, self.encoder.prefix :] - self.encoder.prefix
+        rope = rope[(None,) * (4 - rope.dim())].expand(places.shape[0], -1, -1, -1)
+        return rope.gather(2, places[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+
     def _masked_bias(self, tokens: Pass) -> Tensor:
         """What every place of the beginning adds to its scores: all members of a group together weigh what it does."""
         group = tokens.group.clamp_min(0)
@@ -304,7 +330,7 @@ class EncoderReduction(Handle):
             return None
         whole, call = hidden, self._calls.get(index)
         if self.masked:
-            hidden = _take(hidden, tokens.positions)
+            hidden = take(hidden, tokens.positions)
             call = None if call is None else _compact_call(call, tokens, self.method)
         layer = LayerTokens(
             hidden,
@@ -322,12 +348,14 @@ class EncoderReduction(Handle):
             count = self.method.decide(layer, tokens.counts)
             if count >= available:
                 return None
+        if self.watch is not None:
+            self.watch(layer)
         change = self.method.reduce(layer, count)
         reduced = change.apply(hidden, tokens.size)
         tokens.follow(change)
         if not self.masked:
             return reduced
-        members = reduced.gather(1, tokens.group.clamp_min(0).unsqueeze(2).expand(-1, -1, reduced.shape[2]))
+        members = take(reduced, tokens.group.clamp_min(0))
         return torch.where((tokens.group < 0).unsqueeze(2), whole, members)
 
     def _finish(self) -> None:
@@ -345,10 +373,6 @@ class EncoderReduction(Handle):
             mean_share=sum(processed) / sum(dense),
             macs_share=shape.macs(entered, processed) / shape.macs(dense, dense),
         )
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index.unsqueeze(2).expand(-1, -1, values.shape[2]))
 
 
 def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> AttentionCall:
@@ -445,7 +469,7 @@ def _with_mask(args: tuple[Any, ...], options: dict[str, Any], tokens: Pass) -> 
         return args, {**options, name: _take_keys(options[name], tokens.positions)}
     if len(args) > 1 and args[1] is not None:
         return (args[0], _take_keys(args[1], tokens.positions), *args[2:]), options
-    return None
+    return args, options
 
 
 def _take_keys(mask: Tensor, positions: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from tokenwise.policies.budget import Keep
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokenwise.policies.plans import Shape
     from tokenwise.reduction.merge import Merge
 
@@ -62,16 +64,19 @@ class EViT(EncoderReducer):
 
         return plan(1 - self.rate) if self.rate is not None else fit(plan, self.keep, shape, between=True, largest=1)
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return tokens.ranked(tokens.class_row())
+
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
         import torch
 
         from tokenwise.policies.matching import largest
         from tokenwise.reduction.merge import Merge, keep_only
 
-        row = tokens.class_row()
-        kept = largest(tokens.ranked(row), count - self.fuse)
+        kept = largest(self.score(tokens), count - self.fuse)
         if not self.fuse:
             return keep_only(kept)
+        row = tokens.class_row()
         gone = torch.ones_like(row, dtype=torch.bool).scatter_(1, kept, False)
         places = torch.arange(count - 1, device=kept.device).expand(kept.shape[0], -1)
         target = torch.full_like(gone, count - 1, dtype=torch.long).scatter_(1, kept, places)

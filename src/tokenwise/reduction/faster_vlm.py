@@ -9,6 +9,8 @@ from tokenwise.policies.budget import Keep
 from tokenwise.reduction.base import InputReducer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokenwise.models.vision_language import EncodedImage, Signal
     from tokenwise.reduction.merge import Merge
 
@@ -39,11 +41,13 @@ class FasterVLM(InputReducer):
 
         return (Signal("class_row", self.layer),)
 
+    def score(self, image: EncodedImage) -> Tensor:
+        [signal] = self.signals()
+        # Rows that are no patches, such as newlines, stay.
+        return image.signals[signal].nan_to_num(float("inf"))
+
     def select(self, image: EncodedImage, count: int) -> Merge:
         from tokenwise.policies.matching import largest
         from tokenwise.reduction.merge import keep_only
 
-        [signal] = self.signals()
-        # Rows that are no patches, such as newlines, stay.
-        score = image.signals[signal].nan_to_num(float("inf"))
-        return keep_only(largest(score.unsqueeze(0), count))
+        return keep_only(largest(self.score(image).unsqueeze(0), count))

@@ -54,6 +54,9 @@ class HiRED(InputReducer):
 
         return Signal("class_row", self.layer), Signal("class_row", self.budget_layer)
 
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.signals[self.signals()[0]]
+
     def counts_of(self, images: list[EncodedImage]) -> list[int]:
         counts = zip(images, super().counts_of(images), strict=True)
         return [count if count == len(image.patch) else min(count, int(image.patch.sum())) for image, count in counts]

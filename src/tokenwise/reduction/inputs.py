@@ -35,12 +35,14 @@ class Pruned:
         kept: rows of each image that stayed, in the order of the images.
         before: image tokens of the whole batch before.
         after: image tokens of the whole batch after.
+        images: what the method saw.
     """
 
     batch: dict[str, Any]
     kept: list[Tensor]
     before: int
     after: int
+    images: list[EncodedImage]
 
 
 def prune_inputs(
@@ -139,7 +141,7 @@ def prune(
         made = {name: value for name, value in made.items() if name not in layout.grids}
         made |= _hidden(layout, inputs, stays) if masked else _compacted(layout, inputs, stays, positions, padding)
     made["mm_encoder_outputs"] = layout.replace(encoded, features, deeper)
-    return Pruned(made, kept, before, after)
+    return Pruned(made, kept, before, after, encoded.images)
 
 
 def _changed(values: Tensor, change: Merge | Mixture, masked: bool) -> Tensor:

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor, nn
 
 
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """The tokens at `index` ([batch, taken], int64) of values [batch, tokens, channels].
+
+    Copies whole rows: `gather` looks up every channel by itself, which takes several times as long.
+    """
+    batch, tokens = values.shape[:2]
+    rows = index + torch.arange(0, batch * tokens, tokens, device=index.device).unsqueeze(1)
+    return values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
+
+
 @dataclass
 class Merge:
     """Fewer tokens made from many: some stay, each other one goes into one of them or is dropped.
@@ -21,6 +31,8 @@ class Merge:
         average: whether each sum is divided by the sum of its weights.
         sizes: what each token adds to the size of the output token, [batch, tokens]; its size unless given.
         fills: whether there may be output tokens to which none goes.
+        joining: the tokens that go into one that stays, [batch, joining], where they are as many in each image and all
+            others stay: makes a merge of few tokens cheap.
     """
 
     kept: Tensor
@@ -29,6 +41,7 @@ class Merge:
     average: bool = True
     sizes: Tensor | None = None
     fills: bool = False
+    joining: Tensor | None = None
 
     def apply(self, values: Tensor, size: Tensor) -> Tensor:
         """The output tokens' values.
@@ -41,18 +54,32 @@ class Merge:
             [batch, kept, channels], in the type of `values`; sums are made in fp32 (fp64 for fp64).
         """
         if self.target is None:
-            return values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
+            return take(values, self.kept)
         dtype = torch.promote_types(values.dtype, torch.float32)
         weights = (size if self.weights is None else self.weights).to(dtype)
+        if self.joining is not None and self.average:
+            return self._joined(values, weights)
         # A token that nothing joins is passed on as it is, whatever the arithmetic of the others.
         total = self._sum(weights.unsqueeze(2) * values.to(dtype))
         if self.average:
             weight = self._sum(weights.unsqueeze(2))
             total = total / weight.where(weight != 0, 1)
         alone = self._sum(torch.ones_like(weights).unsqueeze(2)) <= 1
-        own = values.gather(1, self.kept.unsqueeze(2).expand(-1, -1, values.shape[2]))
+        own = take(values, self.kept)
         unchanged = alone if self.average else alone & (weights.gather(1, self.kept) == 1).unsqueeze(2)
         return torch.where(unchanged, own, total.to(values.dtype))
+
+    def _joined(self, values: Tensor, weights: Tensor) -> Tensor:
+        """The means where few tokens join others: only these are added up."""
+        assert self.target is not None
+        assert self.joining is not None
+        into, joining = self.target.gather(1, self.joining), weights.gather(1, self.joining)
+        whole = weights.gather(1, self.kept).scatter_add(1, into, joining)
+        output = take(values, self.kept).to(weights.dtype)
+        # A mean moves towards what joins it by its share of the sum: a token that nothing joins is not touched.
+        added = take(values, self.joining).to(weights.dtype) - take(output, into)
+        added = added * (joining / whole.gather(1, into)).unsqueeze(2)
+        return output.scatter_add_(1, into.unsqueeze(2).expand_as(added), added).to(values.dtype)
 
     def new_size(self, size: Tensor) -> Tensor:
         """The size of each output token, [batch, kept], from the input's [batch, tokens]."""

@@ -65,6 +65,9 @@ class PruMerge(InputReducer):
 
         return Signal("class_row", self.layer, "one"), Signal("keys", self.layer, "one")
 
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.signals[self.signals()[0]]
+
     def counts_of(self, images: list[EncodedImage]) -> list[int]:
         if self.keep != "adaptive":
             return super().counts_of(images)

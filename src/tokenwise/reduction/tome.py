@@ -25,7 +25,7 @@ class ToMe(EncoderReducer):
         id="reduction/tome",
         paper=Paper(title="Token Merging: Your ViT But Faster", arxiv="2210.09461", venue="ICLR 2023"),
         status="VERIFIED",
-        checked="a short fp64 reference of the paper's algorithm, and its counts of tokens per block",
+        checked="facebookresearch/ToMe at af95e4b on timm's VisionTransformer: outputs, groups and counts per block",
         control="reduction/random_drop",
     )
     merges: ClassVar[bool] = True
@@ -59,9 +59,12 @@ class ToMe(EncoderReducer):
         return bipartite_edges(tokens.keys(), tokens.protected())
 
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
-        from tokenwise.policies.matching import merge_best_edges
+        from tokenwise.policies.matching import merge_best_edges, merge_evens
         from tokenwise.reduction.merge import Merge
 
         available = tokens.hidden.shape[1]
         similarity, partner = self.edges(tokens)
-        return Merge(*merge_best_edges(similarity, partner, available, available - count, tokens.padding))
+        if tokens.padding is not None:
+            return Merge(*merge_best_edges(similarity, partner, available, available - count, tokens.padding))
+        kept, target, gone = merge_evens(similarity, partner, available, available - count, tokens.prefix)
+        return Merge(kept, target, joining=gone)

@@ -56,6 +56,9 @@ class VisionZip(InputReducer):
 
         return Signal("class_row", self.layer, "sum"), Signal("keys", self.layer)
 
+    def score(self, image: EncodedImage) -> Tensor:
+        return image.signals[self.signals()[0]]
+
     def select(self, image: EncodedImage, count: int) -> Mixture:
         import torch
 

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 32 * 2**20
+_CACHED_BYTES = 2 * 2**20
+_GRADIENT = ContextVar("gradient", default=False)
+_Given = ParamSpec("_Given")
+
+
+@contextmanager
+def with_gradient() -> Iterator[None]:
+    """Rows and columns made inside can be differentiated with respect to queries and keys; elsewhere they cannot."""
+    token = _GRADIENT.set(True)
+    try:
+        yield
+    finally:
+        _GRADIENT.reset(token)
+
+
+def _detached_unless_asked(function: Callable[_Given, Tensor]) -> Callable[_Given, Tensor]:
+    @functools.wraps(function)
+    def made(*args: _Given.args, **options: _Given.kwargs) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _GRADIENT.get()):
+            return function(*args, **options)
+
+    return made
 
 
 @torch.no_grad()
@@ -54,11 +80,11 @@ def attention_mass(
 
 
 Bias = Callable[[Tensor], "Tensor | None"]
-"""Gives what is added to the scores of queries at some positions [batch, rows]: 4 dimensions that broadcast to
-[batch, heads, rows, keys], or None."""
+"""Gives what is added to the scores of queries at some positions, [batch, rows] or [1, rows] where they are the same
+throughout: 4 dimensions that broadcast to [batch, heads, rows, keys], or None."""
 
 
-@torch.no_grad()
+@_detached_unless_asked
 def attention_rows(
     query: Tensor, key: Tensor, positions: Tensor, bias: Bias, scaling: float, softcap: float | None = None
 ) -> Tensor:
@@ -76,12 +102,15 @@ def attention_rows(
         [batch, heads, rows, keys], each row summing to 1, fp32 (fp64 for fp64 inputs).
     """
     batch, heads, _, width = query.shape
-    positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
-    index = positions[:, None, :, None].expand(-1, heads, -1, width)
-    return _softmax_of(query.gather(2, index), key, bias(positions), scaling, softcap)
+    positions = positions.unsqueeze(0) if positions.dim() == 1 else positions
+    index = positions[:, None, :, None].expand(batch, heads, -1, width)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        queries = (query.gather(2, index).to(dtype) * scaling).contiguous()
+        return _softmax_of(queries, key.to(dtype).contiguous(), bias(positions), softcap)
 
 
-@torch.no_grad()
+@_detached_unless_asked
 def attention_columns(
     query: Tensor,
     key: Tensor,
@@ -100,17 +129,31 @@ def attention_columns(
         [batch, heads, keys], summing to 1 over the keys, fp32 (fp64 for fp64 inputs).
     """
     batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    total = torch.zeros(batch, heads, keys, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    size = max(1, _BLOCK_BYTES // (4 * batch * heads * max(keys, 1)))
-    for start in range(0, queries, size):
-        rows = slice(start, min(start + size, queries))
-        positions = torch.arange(rows.start, rows.stop, device=query.device).expand(batch, -1)
-        probabilities = _softmax_of(query[:, :, rows], key, bias(positions), scaling, softcap)
-        if valid is None:
-            total += probabilities.sum(2)
-        else:
-            total += (valid[:, None, None, rows].to(total.dtype) @ probabilities).squeeze(2)
+    keys, shared = key.shape[2], heads // key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    total = torch.zeros(batch, heads, keys, dtype=dtype, device=query.device)
+    # A block that stays in the cache: some rows of as many heads as fit, of as many sequences.
+    rows = min(max(_CACHED_BYTES // (4 * max(keys, 1)), 64), 256, max(queries, 1))
+    maps = max(_CACHED_BYTES // (4 * rows * max(keys, 1)), 1)
+    groups = max(min(maps // shared, key.shape[1]), 1)
+    sequences = max(maps // heads, 1) if groups == key.shape[1] else 1
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = (query.to(dtype) * scaling).contiguous(), key.to(dtype).contiguous()
+        counted = None if valid is None else valid.to(dtype)
+        for start in range(0, queries, rows):
+            some = slice(start, min(start + rows, queries))
+            added = bias(torch.arange(some.start, some.stop, device=query.device).unsqueeze(0))
+            for first in range(0, batch, sequences):
+                batches = slice(first, first + sequences)
+                for group in range(0, key.shape[1], groups):
+                    inner = slice(group, group + groups)
+                    outer = slice(group * shared, (group + groups) * shared)
+                    here = None if added is None else _part(added, batches, outer)
+                    found = _softmax_of(query[batches, outer, some], key[batches, inner], here, softcap)
+                    if counted is None:
+                        total[batches, outer] += found.sum(2)
+                    else:
+                        total[batches, outer] += (counted[batches, None, None, some] @ found).squeeze(2)
     count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
     return total / count
 
@@ -139,30 +182,39 @@ def attention_rank(
     """
     batch, heads, queries, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(dtype) * scaling, key.to(dtype)
     began = torch.ones(batch, queries, device=query.device) if valid is None else valid
     rank = (began / began.sum(1, keepdim=True).clamp_min(1)).to(dtype).unsqueeze(1).expand(-1, heads, -1)
     size = max(1, _BLOCK_BYTES // (4 * batch * heads * max(key.shape[2], 1)))
 
     def block(rows: slice) -> Tensor:
         positions = torch.arange(rows.start, rows.stop, device=query.device).expand(batch, -1)
-        return _softmax_of(query[:, :, rows], key, bias(positions), scaling, softcap)
+        return _softmax_of(query[:, :, rows], key, bias(positions), softcap)
 
     blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
-    only = block(blocks[0]) if len(blocks) == 1 else None
-    for _ in range(steps):
-        parts = (rank[:, :, None, rows] @ (block(rows) if only is None else only) for rows in blocks)
-        rank = sum(parts, torch.zeros(batch, heads, 1, key.shape[2], dtype=dtype, device=query.device)).squeeze(2)
+    with torch.autocast(query.device.type, enabled=False):
+        only = block(blocks[0]) if len(blocks) == 1 else None
+        for _ in range(steps):
+            parts = (rank[:, :, None, rows] @ (block(rows) if only is None else only) for rows in blocks)
+            rank = sum(parts, torch.zeros(batch, heads, 1, key.shape[2], dtype=dtype, device=query.device)).squeeze(2)
     return rank
 
 
-def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        # Heads that share keys lie side by side: [batch, key heads, heads per key head, rows, head_dim].
-        grouped = query.to(dtype).unflatten(1, (key.shape[1], -1))
-        scores = (grouped @ key.to(dtype).unsqueeze(2).transpose(3, 4)).flatten(1, 2).mul_(scaling)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if bias is not None:
-            scores = scores + bias
-        return torch.softmax(scores, dim=-1)
+def _part(bias: Tensor, batches: slice, heads: slice) -> Tensor:
+    """The bias of some sequences and heads, where it is not the same for all."""
+    bias = bias[batches] if bias.shape[0] > 1 else bias
+    return bias[:, heads] if bias.shape[1] > 1 else bias
+
+
+def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """Softmax over the keys of scaled queries; of the type of the queries."""
+    # Heads that share keys lie side by side: [batch, key heads, heads per key head * rows, head_dim]. Keys are laid out
+    # as they are multiplied: transposing them while they are copied takes ten times as long.
+    rows = query.shape[2]
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (grouped @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_() * softcap
+    if bias is not None:
+        scores += bias
+    return torch.softmax(scores, dim=-1)

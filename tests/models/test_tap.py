@@ -1,0 +1,122 @@
+"""Rows and column means of attention, on everything an attention call can have, and without a map of all tokens."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenwise.models.tap import AttentionCall
+
+
+def made(queries=41, keys=41, heads=6, key_heads=6, batch=3, dtype=torch.float32, **options):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads, tokens):  # laid out as models lay them out: [batch, tokens, heads, channels]
+        return torch.randn(batch, tokens, heads, 8, generator=generator).transpose(1, 2).to(dtype)
+
+    return AttentionCall(
+        torch.nn.Identity(), 2 * draw(heads, queries), draw(key_heads, keys), draw(key_heads, keys), **options
+    )
+
+
+def whole(call):
+    """The softmax of all queries in fp64, written out."""
+    shared = call.query.shape[1] // call.key.shape[1]
+    scores = call.query.double() @ call.key.double().repeat_interleave(shared, 1).transpose(2, 3) * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.mask is not None:
+        scores = scores.masked_fill(~call.mask, float("-inf")) if call.mask.dtype == torch.bool else scores + call.mask
+    distance = torch.arange(scores.shape[2])[:, None] - torch.arange(scores.shape[3])
+    if call.mask is None and call.causal:
+        scores = scores.masked_fill(distance < 0, float("-inf"))
+    if call.mask is None and call.window is not None:
+        scores = scores.masked_fill(distance >= call.window, float("-inf"))
+    if call.key_bias is not None:
+        scores = scores + call.key_bias
+    return scores.softmax(-1)
+
+
+def random_mask(*shape):
+    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[..., 0] = True
+    return mask
+
+
+CALLS = {
+    "plain": {"mask": None},
+    "causal": {"mask": None, "causal": True},
+    "window": {"mask": None, "causal": True, "window": 7},
+    "softcap": {"mask": None, "softcap": 2.0},
+    "keys hidden": {"mask": random_mask(3, 1, 1, 41)},
+    "mask of bool": {"mask": random_mask(3, 1, 41, 41)},
+    "mask of all sequences": {"mask": random_mask(1, 1, 41, 41)},
+    "mask by head": {"mask": torch.randn(1, 6, 41, 41, generator=torch.Generator().manual_seed(2))},
+    "grouped queries": {"mask": random_mask(3, 6, 41, 41), "key_heads": 2},
+    "half": {"mask": None, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("cached", [None, 4096])
+def test_rows_and_columns_are_those_of_the_whole_map(name, biased, cached, monkeypatch):
+    if cached is not None:  # many blocks, of one head each
+        monkeypatch.setattr("tokenwise.signals.attention._CACHED_BYTES", cached)
+    call = made(scaling=0.3, **CALLS[name])
+    if biased:
+        call.add_key_bias(torch.linspace(-1, 1, 41).expand(3, -1))
+    expected = whole(call).float()
+    shared, own = torch.tensor([0, 40, 7]), torch.tensor([[0, 1], [5, 5], [40, 2]])
+    torch.testing.assert_close(call.rows(shared), expected[:, :, shared], atol=2e-6, rtol=0)
+    by_sequence = torch.stack([expected[index, :, own[index]] for index in range(3)])
+    torch.testing.assert_close(call.rows(own), by_sequence, atol=2e-6, rtol=0)
+    torch.testing.assert_close(call.columns(), expected.mean(2), atol=2e-6, rtol=0)
+    valid = random_mask(3, 41)
+    counted = (expected * valid[:, None, :, None]).sum(2) / valid.sum(1)[:, None, None]
+    torch.testing.assert_close(call.columns(valid), counted, atol=2e-6, rtol=0)
+
+
+def test_columns_of_one_query():
+    call = made(queries=1, mask=None, scaling=1.0)
+    torch.testing.assert_close(call.columns(), whole(call).float()[:, :, 0], atol=2e-6, rtol=0)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that any operator gave in one new tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return output
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": 1000}, {"key_heads": 1}], ids=str)
+def test_no_map_of_all_tokens_is_made(options):
+    tokens = 4096
+    call = made(
+        queries=tokens, keys=tokens, heads=2, batch=1, **{"mask": None, "scaling": 0.3, "key_heads": 2, **options}
+    )
+    with _Largest() as plain:
+        torch.randn(tokens, 300)
+    assert plain.elements == tokens * 300  # it sees what is made
+    with _Largest() as seen:
+        call.rows(torch.arange(4))
+        assert seen.elements <= tokens * 64
+        call.columns()
+    assert seen.elements <= tokens * 256
+
+
+def test_a_mask_of_the_model_is_not_copied_whole():
+    tokens = 2048
+    call = made(
+        queries=tokens, keys=tokens, heads=2, key_heads=2, batch=1, mask=random_mask(1, 1, tokens, tokens), scaling=0.3
+    )
+    with _Largest() as seen:
+        call.columns()
+    assert seen.elements <= tokens * tokens // 2
