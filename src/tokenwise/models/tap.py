@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
 from tokenwise.signals.attention import attention_columns, attention_rank, attention_rows
+from tokenwise.signals.attention_diversity import attention_map
 
 # What some models add to the softmax and the reading does not know: sinks, relative positions.
 _UNKNOWN_TERMS = ("s_aux", "position_bias")
@@ -85,6 +86,11 @@ class AttentionCall:
             [batch, heads, keys], fp32, summing to 1 over the keys.
         """
         return attention_columns(self.query, self.key, self._bias, self.scaling, self.softcap, valid)
+
+    def whole_map(self) -> Tensor:
+        """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
+        everywhere = torch.arange(self.query.shape[2], device=self.query.device).expand(self.query.shape[0], -1)
+        return attention_map(self.query, self.key, self._bias(everywhere), self.scaling, self.softcap)
 
     def rank(self, steps: int, valid: Tensor | None = None) -> Tensor:
         """How important each token is when importance flows along the attention, as `attention_rank` has it.

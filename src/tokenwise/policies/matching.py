@@ -113,6 +113,28 @@ def merge_evens(similarity: Tensor, partner: Tensor, tokens: int, merged: int, p
     return kept, target.scatter_(1, gone, into), gone
 
 
+def merge_marked(going: Tensor, partner: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `merge_into_partners`, where the rows of a batch lose different numbers of tokens.
+
+    Args:
+        going: tokens that go, [batch, tokens], bool, none of them a partner of another.
+        partner: the token each one goes into, [batch, tokens], int64; read where `going`.
+        absent: places that hold no token, [batch, tokens], bool; they go and are merged into nothing.
+
+    Returns:
+        kept: the tokens that stay, in their order, [batch, most that stay in a row].
+        target: the place among them that each token goes to, [batch, tokens]; -1 for absent ones.
+        empty: places at the end of `kept` that hold nothing, of its shape, bool.
+    """
+    gone = going if absent is None else going | absent
+    left = (~gone).sum(1)
+    kept = gone.to(torch.uint8).argsort(dim=1, stable=True)[:, : int(left.max())]
+    empty = torch.arange(kept.shape[1], device=kept.device) >= left.unsqueeze(1)
+    place = (~gone).long().cumsum(1) - 1
+    target = torch.where(going, place.gather(1, partner), place)
+    return kept, target if absent is None else target.masked_fill(absent, -1), empty
+
+
 def largest(scores: Tensor, count: int) -> Tensor:
     """The indices of the `count` largest scores of each row, [batch, count], in rising order of index.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class Shape:
     gated: bool = False
     key_width: int | None = None
 
-    def macs(self, attended: Sequence[int], processed: Sequence[int]) -> int:
+    def macs(self, attended: Sequence[Any], processed: Sequence[Any]) -> Any:
         """Multiply-accumulates of all blocks: projections and scores of attention, and feed-forward layers.
+
+        A number of the kind that the tokens are given in: whole numbers, or tensors with a gradient.
 
         Args:
             attended: tokens in the attention of each block.
@@ -112,7 +115,7 @@ def fit(
             return counts[-1]
         if isinstance(keep, str):
             dense = [shape.tokens] * shape.layers
-            return shape.macs(before, processed) / shape.macs(dense, dense)
+            return float(shape.macs(before, processed) / shape.macs(dense, dense))
         return sum(processed) / (shape.tokens * shape.layers)
 
     budget = float(keep.split()[0]) if isinstance(keep, str) else keep

@@ -6,18 +6,33 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "AttentionDiversity": "robust_attention",
     "EncoderReducer": "base",
     "InputReducer": "base",
     "LayerTokens": "base",
     "Merge": "merge",
     "Mixture": "merge",
+    "Plan": "plan",
+    "ReverseSlimming": "slimming",
+    "TokenAwarePooling": "robust_attention",
+    "TokenExits": "token_exits",
     "TokenReducer": "base",
+    "TokenSlimming": "slimming",
+    "allocate": "allocation",
+    "allocate_by_entropy": "allocation",
+    "allocate_by_search": "allocation",
+    "attach_slimming": "slimming",
+    "calibrate_thresholds": "dy_mu",
     "compression_aware_attack": "robustness",
     "identifier_groups": "code_identifiers",
     "keep_only": "merge",
+    "learn_rates": "rate_learning",
     "prune_inputs": "inputs",
+    "push_apart": "diffusion",
     "rank_stability": "robustness",
     "reduce": "apply",
+    "shape_of": "allocation",
+    "slimming_loss": "slimming",
     "verify_inputs": "inputs",
 }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ValidatorFunctionWrapHandler, field_validator
+from pydantic import Field, ValidatorFunctionWrapHandler, field_validator
 
 from tokenwise.method import Method
 from tokenwise.policies.budget import Keep, kept_count, parse_flops
+from tokenwise.reduction.plan import PLAN_RANGE, PlanFile
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,8 @@ class LayerTokens:
         has_class_token: whether the first token gathers the whole input.
         attention: the attention of this block; None unless the method reads it.
         positions: where each token stood at the beginning, [batch, tokens], int64.
-        padding: tokens that are padding, [batch, tokens], bool; None where there is none.
+        padding: tokens that are padding, [batch, tokens], bool; None where there is none. Those of size 0 fill up rows
+            of which others kept more.
         memory: what the method keeps from block to block, each [batch, tokens, ...]; follows the tokens that stay.
     """
 
@@ -112,10 +114,17 @@ class EncoderReducer(TokenReducer):
     place: ClassVar[Place] = "between"
     proportional: ClassVar[bool] = False
     """Whether attention counts a merged token as often as the tokens it stands for."""
+    ragged: ClassVar[bool] = False
+    """Whether the images of a batch may be left with different numbers of tokens."""
+    halving: ClassVar[bool] = False
+    """Whether a block can take out half of its unprotected tokens at most."""
     sees_every_block: ClassVar[bool] = False
     """Whether `decide` is asked at every block, unless the plan takes nothing out of any."""
     inputs: ClassVar[tuple[str, ...]] = ()
     """What the model's call brings for the method, by name, each [batch, tokens, ...]; it arrives in `memory`."""
+
+    plan: Annotated[PlanFile | None, Field(json_schema_extra=PLAN_RANGE)] = None
+    """How many tokens stay after each block, instead of `keep`: a `Plan`, or a path to its JSON."""
 
     @field_validator("keep", mode="wrap")
     @classmethod
@@ -123,6 +132,10 @@ class EncoderReducer(TokenReducer):
         """Here `keep` may also be a share of the operations."""
         found: float | str = parse_flops(value) or check(value)
         return found
+
+    def planned(self, shape: Shape) -> list[int]:
+        """Tokens after each block: the plan's where there is one, else `counts`."""
+        return self.counts(shape) if self.plan is None else self.plan.counts_for(shape, self.halving)
 
     @abstractmethod
     def counts(self, shape: Shape) -> list[int]:
@@ -141,8 +154,12 @@ class EncoderReducer(TokenReducer):
         return None
 
     @abstractmethod
-    def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture:
-        """What becomes of the tokens of one block so that `count` are left."""
+    def reduce(self, tokens: LayerTokens, count: int) -> Merge | Mixture | None:
+        """What becomes of the tokens of one block so that `count` are left; None where all stay.
+
+        A method whose number follows the input may leave more, and different numbers in the rows of a batch
+        (`Merge.fills`).
+        """
 
 
 class InputReducer(TokenReducer):

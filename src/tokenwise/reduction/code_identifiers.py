@@ -60,6 +60,7 @@ class CodeIdentifiers(EncoderReducer):
         control="reduction/random_drop",
     )
     merges: ClassVar[bool] = True
+    ragged: ClassVar[bool] = True
     sees_every_block: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ("token_groups",)
 

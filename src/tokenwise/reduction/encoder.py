@@ -36,7 +36,7 @@ class Pass:
         memory: the method's own, following the tokens.
         filled: whether a block left tokens that only fill up their row, as padding that no mask knows.
         reduced: whether any block took tokens out.
-        layers: what was left after each block so far, for drawings and checks.
+        layers: what was left after each block so far, for drawings and checks; the most in a row of the batch.
     """
 
     counts: list[int]
@@ -73,6 +73,11 @@ class Pass:
             index = change.kept.view(*change.kept.shape, *[1] * (values.dim() - 2))
             self.memory[name] = values.gather(1, index.expand(*change.kept.shape, *values.shape[2:]))
         self.reduced = True
+
+    @property
+    def empty(self) -> Tensor | None:
+        """Places that hold nothing since rows of the batch keep different numbers, [batch, tokens], bool, or None."""
+        return self.size == 0 if self.filled else None
 
     def key_bias(self, method: EncoderReducer) -> Tensor | None:
         """What the tokens that are left add to the scores of their keys, [batch, tokens], or None."""
@@ -129,7 +134,7 @@ class EncoderReduction(Handle):
             shape = Shape(
                 tokens, len(encoder.blocks), encoder.prefix, encoder.width, encoder.hidden_width, encoder.gated
             )
-            counts = self.method.counts(shape)
+            counts = self.method.planned(shape)
             before = tokens
             for count in counts:
                 if not encoder.prefix < count <= before and count != before:
@@ -191,6 +196,12 @@ class EncoderReduction(Handle):
             self._calls.pop(index, None)
             if index == len(self.encoder.blocks) - 1:
                 self._finish()
+                empty = self.last.empty
+                # A text's padding is read by its mask, or by `last.padding`; an image's head knows of none.
+                if empty is not None and bool(empty.any()) and not (self.masked or self.encoder.is_text):
+                    hidden = output[0] if isinstance(output, tuple) else output
+                    filled = self._show_empty(hidden, empty)
+                    output = (filled, *output[1:]) if isinstance(output, tuple) else filled
             return output
 
         def between(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -223,8 +234,8 @@ class EncoderReduction(Handle):
                 hook(block.norm.register_forward_pre_hook(between))
                 for module in dict.fromkeys(block.branch):
                     hook(module.register_forward_hook(in_branch))
-        # Merging methods may leave places that attention must not see, or count some tokens as many.
-        if self.masked or self.method.merges or "attention" in self.method.reads:
+        # There may be places that attention must not see, or tokens that count as many.
+        if self.masked or self.method.merges or self.method.ragged or "attention" in self.method.reads:
             self.on_undo(listen(block.attention, lambda call: self._listen(index, call)))
 
     def _begin(self, hidden: Tensor, mask: Tensor | None) -> None:
@@ -351,12 +362,27 @@ class EncoderReduction(Handle):
         if self.watch is not None:
             self.watch(layer)
         change = self.method.reduce(layer, count)
+        if change is None:
+            return None
         reduced = change.apply(hidden, tokens.size)
         tokens.follow(change)
         if not self.masked:
             return reduced
         members = take(reduced, tokens.group.clamp_min(0))
         return torch.where((tokens.group < 0).unsqueeze(2), whole, members)
+
+    def _show_empty(self, hidden: Tensor, empty: Tensor) -> Tensor:
+        """The tokens with NaN in the empty places: a model that reads more than the class token shows it."""
+        if not self.encoder.has_class_token:
+            raise InputError(
+                Problem(
+                    "batch",
+                    f"{type(self.method).__name__} leaves different numbers of tokens in its images, and a model "
+                    "without a class token may read the places between.",
+                    "Pass one image at a time.",
+                )
+            )
+        return hidden.masked_fill(empty.unsqueeze(2), float("nan"))
 
     def _finish(self) -> None:
         tokens = self.last

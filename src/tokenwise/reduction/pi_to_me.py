@@ -33,6 +33,7 @@ class PiToMe(EncoderReducer):
         control="reduction/random_drop",
     )
     merges: ClassVar[bool] = True
+    halving: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     keep: Keep = 0.7

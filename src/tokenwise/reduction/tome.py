@@ -31,6 +31,7 @@ class ToMe(EncoderReducer):
     merges: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
     proportional: ClassVar[bool] = True
+    halving: ClassVar[bool] = True
 
     keep: Keep = 0.7
     """What stays of the tokens: the share that the feed-forward layers work on, averaged over the blocks; or
