@@ -45,8 +45,13 @@ def _run(options: argparse.Namespace) -> int:
     # What would fail after hours of training must fail before it.
     if options.export is not None:
         check_target(options.export)
-    if options.method is not None:
-        check_label(options.method, [entry.label for entry in read_plan(options.plan).entries])
+    if options.export is not None:
+        plan = read_plan(options.plan)
+        if plan.task.family == "reduction":
+            fix = "Leave it out: use the method on your model with tokenwise.reduce."
+            raise InputError(Problem("--export", f"a comparison of {plan.task.kind} trains no model.", fix))
+        if options.method is not None:
+            check_label(options.method, [entry.label for entry in plan.entries])
     console = Console()
     comparison = compare(options.plan, options.out, ray=options.ray, console=console)
     conclusion = comparison.conclusion
@@ -54,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     _say(console, f"Report: {comparison.report}")
     if options.export is not None:
         _say(console, f"Exported: {comparison.export(options.export, options.method)}")
-    else:
+    elif conclusion.family != "reduction":
         which = "" if conclusion.winner else " --method LABEL"
         what = conclusion.winner or "a method of your choice"
         _say(console, f"Write out {what}, ready to load: {comparison.command} --export DIR{which}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenwise.comparison.answer import Conclusion
     from tokenwise.comparison.plan import Plan
     from tokenwise.comparison.records import Result
+    from tokenwise.comparison.reduction_plan import ReductionPlan
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Comparison:
         command: what repeats it in a terminal.
     """
 
-    plan: Plan
+    plan: Plan | ReductionPlan
     folder: Path
     results: list[Result]
     conclusion: Conclusion

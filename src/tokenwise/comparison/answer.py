@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics as descriptive
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +13,13 @@ import numpy as np
 from tokenwise.comparison.formatting import decimals_for
 from tokenwise.comparison.quality import Measure, Quality
 from tokenwise.comparison.records import Costs, Result
+from tokenwise.comparison.reduction_sentence import answer_by_budget
 from tokenwise.comparison.sentence import answer
 from tokenwise.comparison.statistics import LEVEL, Interval, difference
 
 FEW_ITEMS = 20
+OVER = 0.02
+"""A method that keeps so much more than its budget says is told."""
 _NOTHING = Measure("held-out quality", "")
 """What is measured where nothing has been."""
 
@@ -58,6 +61,9 @@ class Row:
         relative_flops: FLOPs with the reference's, over the baseline's; None where either is not measured.
         relative_seconds: the same of the wall time; None also where it is not comparable.
         failures: the runs that failed.
+        share: the budget it was run at, where the comparison has several, in (0, 1].
+        unit: what that budget is a share of.
+        series: its name without the budget.
     """
 
     label: str
@@ -81,6 +87,9 @@ class Row:
     relative_flops: float | None
     relative_seconds: float | None
     failures: tuple[Failure, ...]
+    share: float | None = None
+    unit: str = ""
+    series: str = ""
 
     @property
     def beats_control(self) -> bool:
@@ -94,7 +103,9 @@ class Conclusion:
 
     Args:
         sentence: the answer to "which one should I use?".
-        winner: the label it names, or None.
+        winner: the label it names, or None; None also where it names one for each budget.
+        chosen: the labels it names.
+        points: what stands behind it, a sentence for each budget where there are several.
         baseline: label of the baseline.
         rows: one per method, the baseline first.
         failures: every run and reference that failed.
@@ -108,6 +119,7 @@ class Conclusion:
         item: what one held-out item is called.
         decimals: how many decimals differences deserve.
         notes: what a reader must know of these numbers, one sentence each.
+        family: the family of the methods, which decides what the costs are of.
     """
 
     sentence: str
@@ -125,6 +137,9 @@ class Conclusion:
     item: str
     decimals: int
     notes: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    family: str = "weighting"
 
     @property
     def seconds_comparable(self) -> bool:
@@ -138,7 +153,7 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
 
     Args:
         results: of every job, in the plan's order; references may be among them.
-        plan_summary: ``baseline`` (its label) and ``seeds`` are read.
+        plan_summary: ``baseline`` (its label), ``seeds`` and, where it is there, ``family`` are read.
 
     Raises:
         ValueError: when runs were evaluated on different held-out items.
@@ -163,7 +178,14 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
     def between(first: Row, second: Row) -> Interval | None:
         return _difference(groups[first.label], groups[second.label], level)
 
-    sentence, winner = answer(rows, baseline, compared, between, decimals)
+    family = plan_summary.get("family", "weighting")
+    if family == "reduction":
+        unit = next((result.job.budget["unit"] for result in results), "keep")
+        sentence, points, chosen = answer_by_budget(rows, baseline, between, decimals, unit)
+        winner = None
+    else:
+        sentence, winner = answer(rows, baseline, compared, between, decimals)
+        chosen, points = () if winner is None else (winner,), ()
     return Conclusion(
         sentence=sentence,
         winner=winner,
@@ -180,6 +202,9 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
         item=known.item if known else "item",
         decimals=decimals,
         notes=tuple(_notes(rows, level, len(compared), known, planned)),
+        chosen=chosen,
+        points=points,
+        family=family,
     )
 
 
@@ -192,8 +217,8 @@ def _row(
     losses = [quality.value if quality.finite else math.nan for quality in qualities]
     versus_baseline = None if job.label == baseline else _difference(group, groups.get(baseline, []), level)
     versus_control = _difference(group, groups.get(job.control, []), level) if job.control is not None else None
-    costs, reference_costs = _own_costs(group), _reference_costs(group)
     baseline_costs = _own_costs(groups.get(baseline, []))
+    costs, reference_costs = _on_scale(_own_costs(group), baseline_costs), _reference_costs(group)
     return Row(
         label=job.label,
         role=job.role,
@@ -202,7 +227,7 @@ def _row(
         planned=max(planned, len(group)),
         measure=measure,
         quality=descriptive.fmean(losses) if losses else None,
-        spread=_deviation(losses),
+        spread=_deviation(losses) if job.draws else None,  # one run that stands for every seed
         lowest=min(losses, default=None),
         highest=max(losses, default=None),
         details=_means([quality.details for quality in qualities]),
@@ -219,6 +244,9 @@ def _row(
         relative_flops=_relative("flops", costs, reference_costs, baseline_costs),
         relative_seconds=_relative("wall_seconds", costs, reference_costs, baseline_costs),
         failures=tuple(_failure(result) for result in group if result.status == "failed"),
+        share=job.budget.get("share"),
+        unit=job.budget.get("unit", ""),
+        series=job.series or job.label,
     )
 
 
@@ -286,17 +314,23 @@ def _mean_costs(costs: list[Costs]) -> Costs:
         value = mean(name)
         return None if value is None else round(value)
 
+    whole_numbers = ("tokens_seen", "tokens_trained", "steps")
+    apart = ("peak_memory_bytes", "seconds_comparable", *whole_numbers)
     peaks = [cost.peak_memory_bytes for cost in costs]
     known_peaks = [peak for peak in peaks if peak is not None]
     return Costs(
-        flops=mean("flops"),
-        wall_seconds=mean("wall_seconds"),
+        **{entry.name: mean(entry.name) for entry in fields(Costs) if entry.name not in apart},
+        **{name: whole(name) for name in whole_numbers},
         peak_memory_bytes=max(known_peaks) if peaks and len(known_peaks) == len(peaks) else None,
-        tokens_seen=whole("tokens_seen"),
-        tokens_trained=whole("tokens_trained"),
-        steps=whole("steps"),
         seconds_comparable=all(cost.seconds_comparable for cost in costs),
     )
+
+
+def _on_scale(costs: Costs, baseline: Costs) -> Costs:
+    """Costs with their time scaled as if the dense model had taken as long beside it as in the baseline's run."""
+    if not costs.dense_seconds or not baseline.dense_seconds or costs.wall_seconds is None:
+        return costs
+    return replace(costs, wall_seconds=costs.wall_seconds / costs.dense_seconds * baseline.dense_seconds)
 
 
 def _relative(name: str, costs: Costs, reference: Costs | None, baseline: Costs) -> float | None:
@@ -337,6 +371,13 @@ def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | No
         notes.append(f"There is one held-out {known.item}: nothing is known of other {known.item}s.")
     elif fewest < FEW_ITEMS:
         notes.append(f"With {fewest} held-out {known.item}s intervals may be too narrow; use {FEW_ITEMS} or more.")
+    beyond = [
+        f"{row.label} keeps {row.costs.token_share:.0%}"
+        for row in rows
+        if row.share is not None and row.unit == "keep" and (row.costs.token_share or 0.0) > row.share + OVER
+    ]
+    if beyond:
+        notes.append(f"Some methods could not go as low as the budget says on this model: {', '.join(beyond)}.")
     undecided = [row.versus_baseline for row in rows if row.verdict == "no difference" and row.role == "candidate"]
     widest = max(((interval.high - interval.low) / 2 for interval in undecided if interval), default=0.0)
     if math.isfinite(widest) and widest > 0:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenwise import catalog
 from tokenwise.comparison.sections import MISSING, collect
-from tokenwise.comparison.tasks import Task
+from tokenwise.comparison.task import BaseTask
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.method import Method
 
@@ -26,6 +26,8 @@ class Entry:
         role: baseline, control or candidate.
         written: how the plan names it: a name of the catalog, or ``file.py:Class``.
         control: label of the random choice at the same budget that runs beside it, or None.
+        share: what it may keep, where the plan has several budgets, in (0, 1); None for the dense model.
+        series: its name without the budget.
     """
 
     label: str
@@ -33,6 +35,8 @@ class Entry:
     role: Literal["baseline", "control", "candidate"]
     written: str
     control: str | None = None
+    share: float | None = None
+    series: str = ""
 
     @property
     def source(self) -> Path | None:
@@ -60,6 +64,8 @@ class Listed:
     label: str | None = None
     method: Method | None = None
     spec: Any = None
+    share: float | None = None
+    series: str | None = None
 
     def names(self) -> set[str]:
         """By which a plan may call it its baseline, its final label apart."""
@@ -75,14 +81,14 @@ class Listed:
         return json.dumps([name, self.method.config()], sort_keys=True)
 
 
-def read_methods(raw: list[Any] | None, folder: Path, problems: list[Problem], task: type[Task]) -> list[Listed]:
+def read_methods(raw: list[Any] | None, folder: Path, problems: list[Problem], task: type[BaseTask]) -> list[Listed]:
     """The items of `methods`, built where they can be; what is wrong with the others is added to `problems`."""
     if raw == []:
         problems.append(Problem("methods", "lists no method.", MISSING["methods"]))
     return [_read_method(item, f"methods[{index}]", folder, problems, task) for index, item in enumerate(raw or [])]
 
 
-def _read_method(item: Any, where: str, folder: Path, problems: list[Problem], task: type[Task]) -> Listed:
+def _read_method(item: Any, where: str, folder: Path, problems: list[Problem], task: type[BaseTask]) -> Listed:
     label, spec = None, item
     if isinstance(item, Mapping) and {"label", "method"} & set(item):
         with collect(problems):
@@ -125,18 +131,20 @@ def reference_of(entry: Listed) -> Any:
     return fields.get("reference") if isinstance(fields, Mapping) else None
 
 
-def make_entries(listed: list[Listed], baseline: str, problems: list[Problem]) -> list[Entry]:
+def make_entries(listed: list[Listed], baseline: str, problems: list[Problem], task: type[BaseTask]) -> list[Entry]:
     """The methods with their labels and roles: the listed ones, the baseline where it is not listed, the controls."""
     if not listed:
         return []
-    if baseline == "uniform" and not any(baseline in entry.names() for entry in listed):
-        listed = [Listed("baseline", "uniform", method=catalog.build("uniform", "baseline")), *listed]
+    if baseline == task.baseline and not any(baseline in entry.names() for entry in listed):
+        method = catalog.build(baseline, "baseline", family=task.family)
+        listed = [Listed("baseline", baseline, method=method), *listed]
     built = _without_repeats([entry for entry in listed if entry.method is not None], problems)
     control_of = {entry.identity(): control for entry in built if (control := _control(entry)) is not None}
     controls = {control.identity(): control for control in control_of.values()}
     here = {entry.identity() for entry in built}
     everything = built + [control for identity, control in controls.items() if identity not in here]
     labels = _labels(everything)
+    series = _labels([replace(entry, label=entry.series) for entry in everything], apart=False)
     for label, count in Counter(labels).items():
         if count > 1:
             where = [entry.where for entry, its_label in zip(everything, labels, strict=True) if its_label == label]
@@ -161,11 +169,11 @@ def make_entries(listed: list[Listed], baseline: str, problems: list[Problem]) -
 
     label_of = {entry.identity(): label for entry, label in zip(everything, labels, strict=True)}
     made = []
-    for entry, label in zip(everything, labels, strict=True):
+    for entry, label, name in zip(everything, labels, series, strict=True):
         assert entry.method is not None
         control = control_of.get(entry.identity())
         control_label = label_of[control.identity()] if control is not None else None
-        made.append(Entry(label, entry.method, role(entry), entry.written, control_label))
+        made.append(Entry(label, entry.method, role(entry), entry.written, control_label, entry.share, name))
     return made
 
 
@@ -183,21 +191,40 @@ def _control(entry: Listed) -> Listed | None:
     method = entry.method
     assert method is not None
     keep = getattr(method, "keep", None)
-    if not getattr(method, "selects", False) or not method.card.control or keep in (None, 1):
+    # A token reduction always leaves out some tokens.
+    if not getattr(method, "selects", entry.share is not None) or not method.card.control or keep in (None, 1):
         return None
     control_class = catalog.load_class(method.card.control, entry.where)
     scope = getattr(method, "scope", "token")
     same = {"keep": keep} | ({"scope": scope} if scope != "token" and "scope" in control_class.model_fields else {})
-    return Listed(f"the control of {entry.where}", method.card.control, method=control_class(**same))
+    where = f"the control of {entry.where}"
+    return Listed(where, method.card.control, method=control_class(**same), share=entry.share)
 
 
-def _labels(entries: list[Listed]) -> list[str]:
-    """The label given, or else the method's name, followed by the fields in which methods of one name differ."""
-    named = [(entry.method.card.name, entry.method.config()) for entry in entries if entry.method]
+def _labels(entries: list[Listed], apart: bool = True) -> list[str]:
+    """The label given, or else the method's name, followed by the fields in which methods of one name differ.
+
+    Args:
+        entries: the methods.
+        apart: whether a method at several budgets is told apart by them.
+    """
+    named = [
+        (entry.method.card.name, _differing_fields(entry.method.config(), entry.share, apart))
+        for entry in entries
+        if entry.method
+    ]
     labels = []
     for entry, (name, config) in zip(entries, named, strict=True):
         group = [other for its_name, other in named if its_name == name]
         differing = [key for key in config if any(other.get(key) != config[key] for other in group)]
-        described = ", ".join(f"{key}={config[key]}" for key in differing)
+        described = ", ".join(f"{key}={config[key]}" if key else f"{config[key]:g}" for key in differing)
         labels.append(entry.label or f"{name} {described}".strip())
     return labels
+
+
+def _differing_fields(config: dict[str, Any], share: float | None, apart: bool) -> dict[str, Any]:
+    """The fields that may tell methods of one name apart; a budget of the plan has no name."""
+    if share is None:
+        return config
+    others = {name: value for name, value in config.items() if name != "keep"}
+    return {"": share, **others} if apart else others

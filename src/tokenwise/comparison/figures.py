@@ -13,6 +13,7 @@ from tokenwise.comparison.charts import Box, Scale, Style
 from tokenwise.comparison.formatting import amount, duration, plain, ratio, signed
 from tokenwise.comparison.records import Point, Result
 from tokenwise.comparison.statistics import Interval
+from tokenwise.comparison.wording import wording
 
 MEASURES = {"flops": "FLOPs", "wall_seconds": "Wall time", "tokens_trained": "Tokens trained on"}
 _LOG_FROM = 20.0
@@ -34,6 +35,8 @@ def pareto_front(points: Sequence[charts.Point]) -> list[charts.Point]:
 
 def off_scale(conclusion: Conclusion) -> set[str]:
     """Methods so much worse than the baseline that drawing them to scale would flatten all others."""
+    if conclusion.family == "reduction":
+        return set()  # how far quality falls with the budget is what the drawing is to show
     compared = [row for row in conclusion.rows if row.versus_baseline and math.isfinite(row.versus_baseline.mean)]
     differences = {row.label: row.versus_baseline.mean for row in compared if row.versus_baseline}
     if len(differences) < 3:
@@ -68,7 +71,8 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
     beyond = off_scale(conclusion)
     bounds = [value for row in rows if row.label not in beyond for value in (row.lowest, row.highest)]
     frame = _Frame(width, height, x_range, charts.padded([value for value in bounds if value is not None], 0.12), log)
-    parts = frame.axes(f"{MEASURES[measure]}{unit}, reference included", str(conclusion.measure))
+    per = wording(conclusion.family).per.format(item=conclusion.item)
+    parts = frame.axes(f"{MEASURES[measure]}{per}{unit}" + ", reference included" * (not per), str(conclusion.measure))
 
     front = pareto_front([(total[row.label], loss[row.label]) for row in rows if row.label not in beyond])
     steps: list[charts.Point] = []
@@ -79,12 +83,18 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
     steps.append((frame.area.right, steps[-1][1]))
     parts.append(charts.path(steps, "front"))
 
+    for series in dict.fromkeys(row.series for row in rows if row.share is not None):
+        line = sorted((total[row.label], loss[row.label]) for row in rows if row.series == series)
+        style = next(styles[row.label] for row in rows if row.series == series)
+        points = [(frame.x(x / divisor), frame.y(y)) for x, y in line]
+        parts.append(charts.path(points, f"curve {style.colour}"))
+
     anchors, taken, names = [], [], []
     for row in rows:
         style = styles[row.label]
         off = row.label in beyond
         x, y = frame.x(total[row.label] / divisor), frame.area.top + 8 if off else frame.y(loss[row.label])
-        name = charts.shorten(row.label, width * 0.36)
+        name = charts.shorten(_name(row, rows), width * 0.36)
         names.append(f"{name} {plain(loss[row.label], 2)}{', off the scale' if wide else ' ↑'}" if off else name)
         value = f"{plain(loss[row.label], conclusion.decimals)} {conclusion.measure.unit}"
         hover = f"{row.label}: {value}, {_cost_text(row, measure)}"
@@ -350,6 +360,14 @@ class _Frame:
         return parts
 
 
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    """What stands beside a point: of a method at several budgets the name once, then the budget alone."""
+    same = [other for other in rows if other.series == row.series]
+    if len(same) == 1 or row.share is None:
+        return row.label
+    return row.label if row is max(same, key=lambda other: other.share or 0.0) else f"{row.share:g}"
+
+
 def _size(wide: bool) -> str:
     return "chart wide" if wide else "chart narrow"
 
@@ -367,6 +385,8 @@ def _charged(row: Row, measure: str) -> float:
 
 def _unit(measure: str, largest: float) -> tuple[float, str]:
     """What to divide by so that ticks are short, and how the axis calls it."""
+    if measure == "wall_seconds" and largest < 0.1:
+        return 0.001, " (ms)"
     if measure == "wall_seconds":
         return next((u for u in ((1.0, " (s)"), (60.0, " (min)")) if largest < 120 * u[0]), (3600.0, " (h)"))
     power = max(int(math.log10(largest)) // 3 * 3, 0) if largest >= 1 else 0

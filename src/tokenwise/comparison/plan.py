@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ from tokenwise.scores.layout import Manifest, is_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tokenwise.comparison.reduction_plan import ReductionPlan
 
 SECTIONS: dict[str, Any] = {"task": AnyTask, **OTHER_SECTIONS}
 """What stands under each key of a plan."""
@@ -91,12 +93,12 @@ class Plan:
         for where, files in self._training_data().items():
             path = self._train_file(folder, files)
             if not path.is_file():
-                progress(f"reading {_names(files)}")
+                progress(f"reading {names_of(files)}")
             with collect(problems):
                 self.task.prepare_train(path, files, where, given)
         path = self._held_out_file(folder)
         if not path.is_file():
-            progress(f"reading {_names(self.task.data.eval)}")
+            progress(f"reading {names_of(self.task.data.eval)}")
         with collect(problems):
             self.task.prepare_held_out(path, given)
         if isinstance(self.task.model.tokenizer, NewTokenizer):
@@ -147,7 +149,7 @@ class Plan:
             described += f", {_rounded(load.count_parameters(model.config, self.task.head))} parameters"
         if isinstance(model.tokenizer, NewTokenizer):
             described += f", byte-level BPE of {model.tokenizer.vocab_size:,} tokens learnt from the training data"
-        train, held_out = (_names(paths) for paths in (self.task.data.train, self.task.data.eval))
+        train, held_out = (names_of(paths) for paths in (self.task.data.train, self.task.data.eval))
         return {
             "task": self.task.described,
             "model": described,
@@ -295,7 +297,7 @@ class Plan:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_plan(path: Path | str) -> Plan:
+def read_plan(path: Path | str) -> Plan | ReductionPlan:
     """Read and check a plan. Paths in it start at its folder.
 
     Raises:
@@ -303,14 +305,19 @@ def read_plan(path: Path | str) -> Plan:
     """
     path = Path(path)
     raw = _read_mapping(path)
+    kind = task_class(raw.get("task"))
+    if kind.family == "reduction":
+        from tokenwise.comparison.reduction_plan import read_reduction_plan
+
+        return read_reduction_plan(path, raw)
     folder = path.resolve().parent
     problems = [
         Problem(str(name), "is no part of a plan.", nearest(str(name), SECTIONS))
         for name in raw
         if name not in SECTIONS
     ]
-    values = _read_sections(raw, SECTIONS, folder, problems)
-    listed = read_methods(values.get("methods"), folder, problems, task_class(raw.get("task")))
+    values = read_sections(raw, SECTIONS, folder, problems)
+    listed = read_methods(values.get("methods"), folder, problems, kind)
     references = _read_references(listed, raw, values.get("references", {}), folder, problems)
     task, budget, training = values.get("task"), values.get("budget"), values.get("training", Training())
     if task is not None:
@@ -336,7 +343,7 @@ def read_plan(path: Path | str) -> Plan:
         if entry.method is not None and named is not None and named.scores is not None:
             with collect(problems):
                 check_method(entry.method, f"{entry.where}.{next(iter(entry.spec))}.reference")
-    entries = make_entries(listed, values.get("baseline", "uniform"), problems)
+    entries = make_entries(listed, values.get("baseline", kind.baseline), problems, kind)
     if problems or task is None or budget is None:
         raise InputError(problems)
     if training.learning_rate is None:
@@ -355,7 +362,10 @@ def read_training_data(path: Path | str) -> Plan:
     """
     path = Path(path)
     problems: list[Problem] = []
-    values = _read_sections(_read_mapping(path), ("task", "training"), path.resolve().parent, problems)
+    sections = {name: SECTIONS[name] for name in ("task", "training")}
+    values = read_sections(_read_mapping(path), sections, path.resolve().parent, problems)
+    if "task" in values and not isinstance(values["task"], Task):
+        problems.append(Problem("task.kind", f"{values['task'].kind} trains nothing.", "There is no data to score."))
     if problems:
         raise InputError(problems)
     return Plan(path, values["task"], values.get("training", Training()), Budget(unit="steps", amount=1), (), {}, [])
@@ -369,16 +379,27 @@ def _read_mapping(path: Path) -> Mapping[Any, Any]:
     return raw
 
 
-def _read_sections(
-    raw: Mapping[Any, Any], names: Iterable[str], folder: Path, problems: list[Problem]
+def read_sections(
+    raw: Mapping[Any, Any],
+    sections: Mapping[str, Any],
+    folder: Path,
+    problems: list[Problem],
+    missing: Mapping[str, str] = MISSING,
 ) -> dict[str, Any]:
-    """The sections that are there and right; what is wrong with the others is added to `problems`."""
+    """The sections that are there and right; what is wrong with the others is added to `problems`.
+
+    Args:
+        raw: the plan as it is written.
+        sections: what stands under each key.
+        folder: where relative paths start.
+        problems: of the plan.
+        missing: the keys that must be there, and what to write.
+    """
     values: dict[str, Any] = {}
-    for name in names:
-        kind = SECTIONS[name]
+    for name, kind in sections.items():
         if raw.get(name) is None:
-            if name in MISSING:
-                problems.append(Problem(name, "is missing.", MISSING[name]))
+            if name in missing:
+                problems.append(Problem(name, "is missing.", missing[name]))
             continue
         try:
             values[name] = TypeAdapter(kind).validate_python(raw[name], context={"folder": folder})
@@ -437,7 +458,8 @@ def _budget_problems(
             yield Problem(f"{where}.amount", message, "Raise it, or lower batch_size or sequence_length.")
 
 
-def _names(paths: tuple[Path, ...]) -> str:
+def names_of(paths: tuple[Path, ...]) -> str:
+    """The names of the first files, and how many more there are."""
     shown = ", ".join(path.name for path in paths[:3])
     return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 

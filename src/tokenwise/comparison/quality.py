@@ -335,6 +335,66 @@ class ClassQuality(Quality):
         return f"{_count(len(self.labels), 'example')} of {len(self.names)} classes, {rarest:,} of the rarest"
 
 
+IMAGE_ERROR = _percent(
+    "error",
+    "The share of images that are given another class than their label's.",
+    None,
+)
+AGREEMENT = _percent("agreement", "The share of images that are given the class that the dense model gives them.")
+
+
+@dataclass
+class ImageQuality(Quality):
+    """Classes that a model gives images.
+
+    Args:
+        labels: class of each image, a number.
+        predictions: the class that the model gives it.
+        dense: the class that the model gives it with nothing left out.
+        log_loss: negative log-likelihood of the right class, in nats.
+        classes: how many there are.
+    """
+
+    labels: list[int]
+    predictions: list[int]
+    dense: list[int]
+    log_loss: list[float]
+    classes: int
+    kind: Literal["images"] = "images"
+
+    item: ClassVar[str] = "image"
+    brief: ClassVar[tuple[Measure, ...]] = (AGREEMENT,)
+
+    @property
+    def measure(self) -> Measure:
+        return IMAGE_ERROR
+
+    def columns(self) -> Array:
+        wrong = np.not_equal(self.labels, self.predictions)
+        return np.stack([100.0 * wrong, np.ones(len(wrong))], axis=1)
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def identity(self) -> Hashable:
+        return tuple(self.labels)
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.log_loss).all())
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        return {
+            ACCURACY: 100 * float(np.equal(self.labels, self.predictions).mean()),
+            AGREEMENT: 100 * float(np.equal(self.dense, self.predictions).mean()),
+        }
+
+    @property
+    def held_out(self) -> str:
+        return f"{_count(len(self.labels), 'image')} of {self.classes:,} classes"
+
+
 UNLEARNING_ERROR = _percent(
     "unlearning error",
     "100% minus the harmonic mean of what was forgotten (1 minus the probability of the answers to forget) and what "
@@ -424,6 +484,7 @@ _KINDS: dict[str, type[Quality]] = {
     "text_loss": TextLoss,
     "response": ResponseQuality,
     "classes": ClassQuality,
+    "images": ImageQuality,
     "unlearning": UnlearningQuality,
 }
 

@@ -32,6 +32,8 @@ class Job:
         control: label of the random choice at the same budget that this method must also beat, or None.
         reference_costs: what the reference cost, as the fields of `Costs`, where no job of the comparison makes it;
             None where there is nothing to charge.
+        series: the method's name without its budget, where a comparison has several; else empty.
+        draws: whether the seed decides anything; one run stands for all seeds where it does not.
     """
 
     LOCATIONS: ClassVar[frozenset[str]] = frozenset(
@@ -52,12 +54,14 @@ class Job:
     inputs: dict[str, str] = field(default_factory=dict)
     control: str | None = None
     reference_costs: dict[str, Any] | None = None
+    series: str = ""
+    draws: bool = True
 
     @property
     def key(self) -> str:
         """A name for the result that changes whenever anything that decides it changes. Labels and roles do not count,
         nor does where the files lie, nor what a reference cost elsewhere."""
-        others = ("label", "role", "control", "reference_costs")
+        others = ["label", "role", "control", "reference_costs", "series", "draws", *["seed"] * (not self.draws)]
         decisive = {name: value for name, value in asdict(self).items() if name not in others}
         decisive["task"] = {name: value for name, value in self.task.items() if name not in self.LOCATIONS}
         text = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
@@ -76,6 +80,16 @@ class Costs:
         tokens_trained: labels with a weight other than zero.
         steps: optimizer steps.
         seconds_comparable: whether nothing else ran beside it that this comparison started.
+
+    Where a trained model is measured and not trained, `flops` and `wall_seconds` are of one item (an image, say), and:
+
+    Args:
+        dense_seconds: time of one item by the dense model, measured in turn with the method in the same process.
+        scoring_seconds: of `wall_seconds`, what looking for the tokens to keep takes.
+        block_flops: of one item in the encoder's blocks, by the closed form.
+        tokens_before: tokens of one item that enter the encoder.
+        tokens_after: those that leave it.
+        token_share: share of the tokens that the feed-forward layers work on, averaged over the blocks.
     """
 
     flops: float | None = None
@@ -85,6 +99,12 @@ class Costs:
     tokens_trained: int | None = None
     steps: int | None = None
     seconds_comparable: bool = True
+    dense_seconds: float | None = None
+    scoring_seconds: float | None = None
+    block_flops: float | None = None
+    tokens_before: float | None = None
+    tokens_after: float | None = None
+    token_share: float | None = None
 
 
 @dataclass
@@ -119,7 +139,8 @@ class Result:
         weights: what the weights did, over all of the training, by the names of `Weighing.stats`: mean weight, kept
             share, effective sample size and learning rate, gradient shares by decile of weight.
         example: one held-out piece of text as the trained method sees it: ``{"tokens": [...], "weights": [...]}``,
-            the first token (which has no prediction) with weight None.
+            the first token (which has no prediction) with weight None; or images with what was kept of them:
+            ``{"pictures": [...]}``, each as `pictures.picture_of` gives it.
         model_dir: where the trained model lies, relative to the comparison's folder.
         versions: package versions, machine, threads.
     """

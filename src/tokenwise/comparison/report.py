@@ -13,10 +13,11 @@ from markupsafe import Markup
 
 from tokenwise.comparison import charts, figures
 from tokenwise.comparison.answer import Conclusion, Row
-from tokenwise.comparison.formatting import amount, duration, listing, memory, plain, ratio, signed
+from tokenwise.comparison.formatting import listing, plain, signed
 from tokenwise.comparison.quality import Measure
 from tokenwise.comparison.records import Result
 from tokenwise.comparison.statistics import LEVEL, RESAMPLES, Interval
+from tokenwise.comparison.wording import Column, multiple, wording
 from tokenwise.files import write_text
 
 _HERE = Path(__file__).parent
@@ -48,8 +49,15 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["ratio"] = ratio
-    styles = charts.styles([(row.label, row.role) for row in conclusion.rows])
+    styles = _styles(conclusion)
+    words = wording(conclusion.family)
+
+    def say(text: str) -> str:
+        labels = "labels" if conclusion.measure.unit == "nats/token" else "tokens"
+        return text.format(
+            item=conclusion.item, baseline=conclusion.baseline, budget=plan_summary["budget"], labels=labels
+        )
+
     html = environment.get_template("report.html").render(
         conclusion=conclusion,
         plan=plan_summary,
@@ -64,6 +72,10 @@ def write_report(
         weights=_weights(conclusion, results, styles),
         differences=_drawings([figures.difference_figure(conclusion, styles, wide) for wide in (True, False)]),
         examples=_examples(conclusion, results),
+        pictures=_pictures(conclusion, results),
+        words=words,
+        say=say,
+        legend=_legend(conclusion),
         versions=_versions(results),
         value=lambda value, decimals=None: "–" if value is None else plain(value, decimals or conclusion.decimals),
         details=next((list(row.details) for row in conclusion.rows if row.details), []),
@@ -84,6 +96,20 @@ def _key(style: charts.Style) -> str:
         '<svg class="key" viewBox="-8 -8 16 16" width="16" height="16" aria-hidden="true">'
         f"{charts.marker(style.shape, 0, 0, f'marker {style.colour}')}</svg>"
     )
+
+
+def _styles(conclusion: Conclusion) -> dict[str, charts.Style]:
+    """A style for each label; one method at several budgets has one."""
+    found = charts.styles([(row.series or row.label, row.role) for row in _legend(conclusion)])
+    return {row.label: found[row.series or row.label] for row in conclusion.rows}
+
+
+def _legend(conclusion: Conclusion) -> list[Row]:
+    """One row for each method, whatever its budgets."""
+    first: dict[str, Row] = {}
+    for row in conclusion.rows:
+        first.setdefault(row.series or row.label, row)
+    return list(first.values())
 
 
 def _drawings(drawings: Sequence[str | None]) -> Markup | None:
@@ -118,27 +144,33 @@ def _interval(interval: Interval, decimals: int) -> str:
     return f"{plain(interval.low, decimals)} to {plain(interval.high, decimals)}"
 
 
-_SHOWN = {"wall_seconds": duration, "peak_memory_bytes": memory}
-
-
-def _costs(row: Row, name: str) -> Markup:
+def _costs(row: Row, column: Column) -> Markup:
     """A cost of the method's own, and below it what its reference adds (memory does not add up)."""
-    show = _SHOWN.get(name, amount)
-    text = Markup("{}").format(show(getattr(row.costs, name)) if row.finished else "–")
-    if row.reference_costs is not None and name != "peak_memory_bytes":
-        text += Markup(" <small>+ {}</small>").format(show(getattr(row.reference_costs, name)))
+    text = Markup("{}").format(column.show(getattr(row.costs, column.name)) if row.finished else "–")
+    if row.reference_costs is not None and column.adds:
+        text += Markup(" <small>+ {}</small>").format(column.show(getattr(row.reference_costs, column.name)))
+    if column.relative and row.finished:
+        text += Markup(" <small>{}</small>").format(multiple(getattr(row, column.relative)))
+    below = getattr(row.costs, column.below[0]) if column.below is not None else None
+    if column.below is not None and below is not None:
+        text += Markup(" <small>{}</small>").format(column.below[1](below))
+    if column.name == "wall_seconds" and not row.costs.seconds_comparable:
+        text += Markup(" <small>not comparable</small>")
     return text
 
 
 def _settings(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row.settings.items())
+    # A budget of the plan is in the label, and a field left empty says nothing.
+    left_out = ("keep", "seed") if row.share is not None else ()
+    shown = {name: value for name, value in row.settings.items() if name not in left_out}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if row.share is None or value is not None)
 
 
 def _examples(conclusion: Conclusion, results: Sequence[Result]) -> dict[str, Any] | None:
     """What each method did to the example, in its first finished run, on one scale for all."""
     first: dict[str, Result] = {}
     for result in results:
-        if result.job.kind == "run" and result.example and result.status == "finished":
+        if result.job.kind == "run" and "tokens" in (result.example or {}) and result.status == "finished":
             first.setdefault(result.job.label, result)
     if not first:
         return None
@@ -167,6 +199,31 @@ def _examples(conclusion: Conclusion, results: Sequence[Result]) -> dict[str, An
         "top": f"{top:.2g}" + (" or more" if over else ""),
         "missing": listing(missing) if missing else "",
     }
+
+
+def _pictures(conclusion: Conclusion, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """What each method kept of a few images, in its first finished run."""
+    first: dict[str, Result] = {}
+    for result in results:
+        if result.status == "finished" and result.example and "pictures" in result.example:
+            first.setdefault(result.job.label, result)
+    if not first:
+        return []
+    from tokenwise.comparison.pictures import draw, encode
+
+    shown = []
+    for row in conclusion.rows:
+        if row.label in first:
+            drawn = [
+                {
+                    **picture,
+                    "drawn": encode(draw(picture)),
+                    "kept": len({name for name in picture["group"] if name >= 0}),
+                }
+                for picture in (first[row.label].example or {})["pictures"]
+            ]
+            shown.append({"label": row.label, "seed": first[row.label].job.seed, "pictures": drawn})
+    return shown
 
 
 def _shares(weights: Mapping[str, float]) -> str:

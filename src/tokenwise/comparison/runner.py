@@ -183,7 +183,8 @@ class _Display(AbstractContextManager["_Display"]):
     def update(self, run: RunFolder, event: dict[str, Any]) -> None:
         """Show a progress event of a running job."""
         if event["event"] == "progress":
-            now = f"{run.name}: {event['share']:.0%}, loss {event['loss']:.3f}"
+            loss = f", loss {event['loss']:.3f}" if "loss" in event else ""
+            now = f"{run.name}: {event['share']:.0%}{loss}"
             self._live.update(self._bar, completed=self._done + event["share"], now=now)
         elif event["event"] == "silent":
             said = f"nothing heard for {duration(event['seconds'])}"
@@ -205,7 +206,9 @@ class _Display(AbstractContextManager["_Display"]):
         result = run.result()
         if result is not None and result.quality is not None:
             measured = f"{result.quality.value:.4f} {result.quality.measure.unit}"
-            outcome = f"{measured}, {result.costs.wall_seconds:.1f} s"
+            seconds = result.costs.wall_seconds or 0.0
+            each = f" for each {result.quality.item}" if result.costs.dense_seconds is not None else ""
+            outcome = f"{measured}, {f'{seconds:.1f} s' if not each else duration(seconds)}{each}"
         else:
             outcome = f"failed. {result.reason if result else ''}"
         if not self._console.is_terminal or (result is not None and result.status == "failed"):

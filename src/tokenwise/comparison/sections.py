@@ -43,7 +43,7 @@ def _no_boolean(value: Any) -> Any:
 
 
 def _files(value: Any, info: ValidationInfo) -> tuple[Path, ...]:
-    return tuple(find_files(value, _folder(info), ""))
+    return tuple(find_files(value, folder_of(info), ""))
 
 
 def _unique(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ class Model:
 
 def _model(value: Any, info: ValidationInfo) -> Model:
     if isinstance(value, str) and value:
-        directory = load.locate(value, _folder(info), "")
+        directory = load.locate(value, folder_of(info), "")
         config = load.read_config(directory, "", _head(info))
         load.check_weights(directory, "")
         load.check_tokenizer_fits(config, load.load_tokenizer(directory, ""), "")
@@ -133,7 +133,7 @@ def _new_model(made: _NewModel, head: load.Head) -> Model:
 
 def _tokenizer(value: Any, info: ValidationInfo) -> Path | NewTokenizer:
     if isinstance(value, str) and value:
-        directory = load.locate(value, _folder(info), "", weights=False)
+        directory = load.locate(value, folder_of(info), "", weights=False)
         load.load_tokenizer(directory, "")
         return directory
     if isinstance(value, Mapping):
@@ -205,15 +205,15 @@ class Budget(Section):
 def _reference_model(value: Any, info: ValidationInfo) -> Path:
     if not isinstance(value, str) or not value:
         raise InputError(Problem("", f"{shorten(value)} is not a model.", "Write a directory or a hub id."))
-    if is_store(_folder(info) / value):
+    if is_store(folder_of(info) / value):
         raise InputError(Problem("", f"{value!r} holds token scores, not a model.", f"Write scores: {value}"))
-    return existing_reference(value, _folder(info), "")
+    return existing_reference(value, folder_of(info), "")
 
 
 def _scores(value: Any, info: ValidationInfo) -> Path:
     if not isinstance(value, str) or not value:
         raise InputError(Problem("", f"{shorten(value)} is not a folder of token scores.", "Write its path."))
-    return existing_scores(value, _folder(info), "")
+    return existing_scores(value, folder_of(info), "")
 
 
 class Reference(Section):
@@ -266,7 +266,8 @@ def collect(problems: list[Problem]) -> Iterator[None]:
         problems += error.problems
 
 
-def _folder(info: ValidationInfo) -> Path:
+def folder_of(info: ValidationInfo) -> Path:
+    """Where the plan's relative paths start."""
     assert info.context is not None
     return Path(info.context["folder"])
 

@@ -6,10 +6,9 @@ their own, `Task.runs_in`, with a function ``run(job, folder, progress) -> Resul
 
 from __future__ import annotations
 
-import importlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -21,9 +20,10 @@ from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 
 from tokenwise.comparison import data as blocks_of
 from tokenwise.comparison.chat import read_responses
-from tokenwise.comparison.records import Job, Result
+from tokenwise.comparison.reduction_tasks import ImageClassification
 from tokenwise.comparison.rows import Answers, Examples, Findings, Ragged, Responses
 from tokenwise.comparison.sections import Files, Model, Section, Training, Whole, nested, shorten
+from tokenwise.comparison.task import BaseTask
 from tokenwise.documents import read_documents, read_records
 from tokenwise.errors import InputError, Problem, nearest
 from tokenwise.files import write_binary
@@ -80,14 +80,11 @@ class Data(Section):
         return self
 
 
-class Task(Section, ABC):
+class Task(BaseTask):
     """What is learnt, by which model, from what."""
 
-    runs_in: ClassVar[str]
-    """The module whose `run` does a job of this task."""
     family: ClassVar[str] = "weighting"
-    """The family of its methods."""
-    head: ClassVar[load.Head] = "causal"
+    baseline: ClassVar[str] = "uniform"
     trains: ClassVar[frozenset[str]] = frozenset({"weights", "pointwise"})
     """The kinds of methods it compares; uniform fits every task."""
     columns: ClassVar[frozenset[str]] = frozenset({"sample_id"})
@@ -100,13 +97,10 @@ class Task(Section, ABC):
     """Whether `training.normalize` means anything to its methods."""
     trains_references: ClassVar[bool] = True
     """Whether a plan's references can be trained on data of their own."""
-    names: ClassVar[tuple[str, str]] = ("train_rows", "held_out_rows")
-    """How a job calls the two prepared files."""
+    names: ClassVar[tuple[str, ...]] = ("train_rows", "held_out_rows")
     suffixes: ClassVar[tuple[str, str]] = ("train.npz", "held-out.npz")
     """How their names end."""
 
-    kind: str
-    """The kind of task."""
     model: Model
     """A directory, a hub id, or {config: {...}, tokenizer: ...} for a model made from scratch."""
     data: Data
@@ -120,11 +114,6 @@ class Task(Section, ABC):
             fix = f"Write at most {limit}" + (", or raise the config's limit." if self.model.from_scratch else ".")
             raise InputError(Problem(f".{name}", message, fix))
         return self
-
-    @property
-    @abstractmethod
-    def described(self) -> str:
-        """What is learnt, in words."""
 
     @abstractmethod
     def reading(self) -> dict[str, Any]:
@@ -161,18 +150,7 @@ class Task(Section, ABC):
         return None
 
     @classmethod
-    def run(cls, job: Job, folder: Path, progress: Callable[[dict[str, Any]], None]) -> Result:
-        """Do a job of this task."""
-        result: Result = importlib.import_module(cls.runs_in).run(job, folder, progress)
-        return result
-
-    @classmethod
     def check_method(cls, method: Method, where: str) -> None:
-        """Refuse a method that is valid in itself, but nothing this task can run.
-
-        Raises:
-            InputError: saying why, and where it could be compared.
-        """
         from tokenwise.catalog import load_class
 
         if getattr(type(method), "family", None) != "weighting":
@@ -182,7 +160,11 @@ class Task(Section, ABC):
         reads: frozenset[str] = getattr(method, "reads", frozenset())
         fits = kind in cls.trains and cls.asks_for <= reads
         if not fits and not isinstance(method, load_class("weighting/uniform")):
-            others = [other for other, task in TASKS.items() if kind in task.trains and task.asks_for <= reads]
+            others = [
+                other
+                for other, task in TASKS.items()
+                if issubclass(task, Task) and kind in task.trains and task.asks_for <= reads
+            ]
             fix = f"Compare it in a task of kind {others[0]}." if others else "No task compares it yet."
             gives, wants = KINDS_OF_METHODS.get(kind, kind), KINDS_OF_METHODS[min(cls.trains)]
             wants += "".join(f" that reads the column {column}" for column in cls.asks_for)
@@ -209,7 +191,7 @@ class LanguageModeling(Task):
     """Every token of text is predicted from those before it."""
 
     runs_in: ClassVar[str] = "tokenwise.comparison.language_modeling"
-    names: ClassVar[tuple[str, str]] = ("train_blocks", "held_out_windows")
+    names: ClassVar[tuple[str, ...]] = ("train_blocks", "held_out_windows")
     suffixes: ClassVar[tuple[str, str]] = ("blocks.npy", "windows.npz")
 
     kind: Literal["language_modeling"]
@@ -581,22 +563,23 @@ def _read_answers(
     return found
 
 
-TASKS: dict[str, type[Task]] = {
+TASKS: dict[str, type[BaseTask]] = {
     "language_modeling": LanguageModeling,
     "sft": Sft,
     "classification": Classification,
     "unlearning": Unlearning,
+    "image_classification": ImageClassification,
 }
 """Every kind of task; the one place that lists them."""
 
 
-def task_class(raw: Any) -> type[Task]:
+def task_class(raw: Any) -> type[BaseTask]:
     """The class of the task that a plan describes; the first where it does not say which."""
     kind = raw.get("kind") if isinstance(raw, Mapping) else None
     return TASKS.get(kind, LanguageModeling) if isinstance(kind, str) else LanguageModeling
 
 
-def _read_task(value: Any, info: ValidationInfo) -> Task:
+def _read_task(value: Any, info: ValidationInfo) -> BaseTask:
     if not isinstance(value, Mapping):
         fix = "Its keys: kind, model, data."
         raise InputError(Problem("", f"{shorten(value)} is not a mapping.", fix))
@@ -617,4 +600,4 @@ def _read_task(value: Any, info: ValidationInfo) -> Task:
     return task
 
 
-AnyTask = Annotated[Task, PlainValidator(_read_task)]
+AnyTask = Annotated[BaseTask, PlainValidator(_read_task)]

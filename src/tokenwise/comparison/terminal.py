@@ -27,6 +27,8 @@ def print_conclusion(conclusion: Conclusion, console: Console) -> None:
         console.print(Text(note, style="dim"))
     console.print()
     console.print(Text(conclusion.sentence, style="bold"))
+    for point in conclusion.points:
+        console.print(Text(f"- {point}"))
 
 
 def _table(conclusion: Conclusion, wide: bool) -> Table:
@@ -35,23 +37,22 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     table.add_column("method", overflow="fold", min_width=min(longest, 16), max_width=20)
     table.add_column(_heading(conclusion), no_wrap=True)
     table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
-    table.add_column("FLOPs", justify="right", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
+    reduction = conclusion.family == "reduction"
+    per = f"\nper {conclusion.item}" if reduction else ""
+    table.add_column(f"FLOPs{per}", justify="right", no_wrap=True)
+    table.add_column(f"time{per}", justify="right", no_wrap=True)
     if wide:
-        table.add_column("memory", justify="right", no_wrap=True)
-        table.add_column("runs", justify="right", no_wrap=True)
+        table.add_column("tokens\nat end" if reduction else "memory", justify="right", no_wrap=True)
+        table.add_column("scoring" if reduction else "runs", justify="right", no_wrap=True)
     for row in conclusion.rows:
-        memory_and_runs = (
-            "–" if row.costs.peak_memory_bytes is None else memory(row.costs.peak_memory_bytes),
-            f"{len(row.finished)}/{row.planned}",
-        )
+        last = (_tokens(row), _scoring(row)) if reduction else (_memory(row), f"{len(row.finished)}/{row.planned}")
         table.add_row(
-            Text(row.label, style="bold" if row.label == conclusion.winner else ""),
+            Text(row.label, style="bold" if row.label in conclusion.chosen else ""),
             _quality(row, conclusion, spread=wide),
             _differences(row, conclusion.decimals),
             _flops(row),
             _seconds(row),
-            *(memory_and_runs if wide else ()),
+            *(last if wide else ()),
         )
     return table
 
@@ -100,7 +101,21 @@ def _seconds(row: Row) -> str:
     if not row.costs.seconds_comparable:
         return "not comparable"
     own = duration(row.costs.wall_seconds)
+    if row.costs.dense_seconds is not None and row.relative_seconds is not None:
+        own += f"\n= {ratio(row.relative_seconds)}"
     if row.reference_costs is None:
         return own
     reference = row.reference_costs.wall_seconds
     return f"{own}\n+ ref {'–' if reference is None else duration(reference)}"
+
+
+def _memory(row: Row) -> str:
+    return "–" if row.costs.peak_memory_bytes is None else memory(row.costs.peak_memory_bytes)
+
+
+def _tokens(row: Row) -> str:
+    return "–" if row.costs.tokens_after is None else plain(row.costs.tokens_after, 0)
+
+
+def _scoring(row: Row) -> str:
+    return "–" if row.costs.scoring_seconds is None else duration(row.costs.scoring_seconds)

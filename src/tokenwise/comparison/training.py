@@ -164,17 +164,17 @@ def run_training(
         curve=course.curve,
         weights=weights,
         example=example,
-        versions=_versions(model.device),
+        versions=versions_of(model.device),
     )
 
 
-def build_method(job: Job) -> Method:
-    """The method of a job, with the place of its reference."""
+def build_method(job: Job, family: str = "weighting") -> Method:
+    """The method of a job, of a family, with the place of its reference."""
     [(name, fields)] = job.method.items()
     if "reference" in job.task:  # the plan's name of it stands in the method; here is where it lies
         fields = {**fields, "reference": job.task["reference"]}
     folder = Path(job.task["method_folder"]) if "method_folder" in job.task else None
-    return catalog.build({name: fields}, "method", folder, "weighting")
+    return catalog.build({name: fields}, "method", folder, family)
 
 
 def reads_scores(method: Method) -> bool:
@@ -429,7 +429,8 @@ def example_of(
     return {"tokens": [tokenizer.decode([token]) for token in ids], "weights": weights}
 
 
-def _versions(device: torch.device) -> dict[str, str]:
+def versions_of(device: torch.device) -> dict[str, str]:
+    """What a result was made with: packages, machine, device and threads."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("tokenwise", "torch", "transformers", "accelerate")},

@@ -50,7 +50,8 @@ def run_job(path: Path, out: int) -> Result:
     progress({"event": "start", "process": os.getpid()})
     try:
         result = TASKS[job.task["kind"]].run(job, path.parent, progress)
-        result.model_dir = (path.parent / "model").relative_to(path.parent.parent.parent).as_posix()
+        model = path.parent / "model"
+        result.model_dir = model.relative_to(path.parent.parent.parent).as_posix() if model.is_dir() else None
     except Exception as error:
         traceback.print_exc()
         result = Result(job=job, status="failed", reason=reason_of(error))

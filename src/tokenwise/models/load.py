@@ -19,8 +19,8 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 256 + len((EOS, PAD))
 """Of a byte-level tokenizer: every byte and the special tokens."""
 
-Head = Literal["causal", "classification"]
-"""What a model ends with: the prediction of the next token, or a choice between classes."""
+Head = Literal["causal", "classification", "image"]
+"""What a model ends with: the prediction of the next token, or a choice between classes of texts or of images."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -411,6 +411,13 @@ def _check_model_type(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFY
 
+    if head == "image":
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as IMAGES
+
+        if not isinstance(model_type, str) or model_type not in IMAGES:
+            fix = nearest(str(model_type), IMAGES, "Use one such as vit, deit, dinov2 or siglip.")
+            raise InputError(Problem(field, f"there is no image classifier of model type {model_type!r}.", fix))
+        return
     if head == "classification":
         if not isinstance(model_type, str) or model_type not in CLASSIFY:
             fix = nearest(str(model_type), CLASSIFY, "Write one such as bert, roberta, modernbert or llama.")
@@ -428,6 +435,8 @@ def _check_model_type(
 def _check_direction(config: PreTrainedConfig, field: str, head: Head) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
+    if head == "image":
+        return
     if head == "classification":
         if config.is_encoder_decoder:
             raise InputError(Problem(field, f"{config.model_type!r} is an encoder-decoder model.", "Use an encoder."))

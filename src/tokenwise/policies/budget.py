@@ -41,6 +41,12 @@ def parse_keep(value: object) -> float | str:
     return float(value)
 
 
+def parse_flops(value: object) -> str | None:
+    """The canonical form ``"0.4 flops"`` of a share of the dense model's operations; None for anything else."""
+    amount = _FLOPS.fullmatch(value) if isinstance(value, str) else None
+    return f"{float(amount[1]):g} flops" if amount and 0 < float(amount[1]) <= 1 else None
+
+
 Keep = Annotated[
     float | str,
     BeforeValidator(parse_keep),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidatorFunctionWrapHandler, field_validator
 
 from tokenwise.method import Method
-from tokenwise.policies.budget import Keep, kept_count
+from tokenwise.policies.budget import Keep, kept_count, parse_flops
 from tokenwise.reduction.plan import PLAN_RANGE, PlanFile
 
 if TYPE_CHECKING:
@@ -126,6 +126,13 @@ class EncoderReducer(TokenReducer):
 
     plan: Annotated[PlanFile | None, Field(json_schema_extra=PLAN_RANGE)] = None
     """How many tokens stay after each block, instead of `keep`: a `Plan`, or a path to its JSON."""
+
+    @field_validator("keep", mode="wrap")
+    @classmethod
+    def _share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
+        """Here `keep` may also be a share of the operations."""
+        found: float | str = parse_flops(value) or check(value)
+        return found
 
     def planned(self, shape: Shape) -> list[int]:
         """Tokens after each block: the plan's where there is one, else `counts`."""

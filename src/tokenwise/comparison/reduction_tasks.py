@@ -1,0 +1,217 @@
+"""The tasks in which a trained model is run with fewer tokens: nothing is trained, methods are measured at budgets."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
+
+from tokenwise.comparison.images import Pictures, find_images, read_pictures
+from tokenwise.comparison.sections import Real, Section, Whole, folder_of, shorten
+from tokenwise.comparison.task import BaseTask
+from tokenwise.errors import InputError, Problem
+from tokenwise.files import write_binary
+from tokenwise.method import Method
+from tokenwise.models import load
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model that every method makes cheaper.
+
+    Args:
+        written: as the plan names it.
+        directory: where it lies.
+        config: its configuration.
+    """
+
+    written: str
+    directory: Path
+    config: Any
+
+
+def _classifier(value: Any, info: ValidationInfo) -> TrainedModel:
+    if not isinstance(value, str) or not value:
+        fix = "Write a directory or a hub id; it is not trained here, so it must have been."
+        raise InputError(Problem("", f"{shorten(value)} is not a model.", fix))
+    directory = load.locate(value, folder_of(info), "")
+    config = load.read_config(directory, "", "image")
+    load.check_weights(directory, "")
+    return TrainedModel(value, directory, config)
+
+
+def _images(value: Any, info: ValidationInfo) -> tuple[Path, ...]:
+    return find_images(value, folder_of(info))
+
+
+def _falling(amounts: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(amounts)) < len(amounts):
+        raise ValueError("holds an amount more than once")
+    return tuple(sorted(amounts, reverse=True))
+
+
+class Shares(Section):
+    """How much every method may keep."""
+
+    unit: Literal["keep", "flops"]
+    """What is shared: tokens (``keep``), or the operations of the encoder's blocks (``flops``)."""
+    amounts: Annotated[
+        tuple[Annotated[Real, Field(gt=0, lt=1)], ...], Field(min_length=1), AfterValidator(_falling)
+    ]  # fmt: skip
+    """The shares that each method is run at."""
+
+    def keep(self, share: float) -> float | str:
+        """What a method's `keep` is at a share."""
+        return share if self.unit == "keep" else f"{share:g} flops"
+
+    def named(self, share: float) -> str:
+        """A share, in words."""
+        return f"keep {share:g}" if self.unit == "keep" else f"{share:g} of the FLOPs"
+
+    def __str__(self) -> str:
+        from tokenwise.comparison.formatting import listing
+
+        shares = listing([f"{share:g}" for share in self.amounts])
+        return f"keep {shares}" if self.unit == "keep" else f"{shares} of the FLOPs"
+
+
+class ImageData(Section):
+    """Where the labelled images are."""
+
+    eval: Annotated[tuple[Path, ...], PlainValidator(_images)]
+    """A folder with one folder of images for each class, Parquet files, or a folder that `datasets` saved."""
+    image_field: Annotated[str, Field(min_length=1)] = "image"
+    """Name of the field or column with the image file's content."""
+    label_field: Annotated[str, Field(min_length=1)] = "label"
+    """Name of the field or column with the class: text or a whole number."""
+    limit: Annotated[Whole, Field(ge=1)] | None = None
+    """Measure on so many images at most, evenly spread over all of them."""
+
+
+class ReductionTask(BaseTask):
+    """A trained model is run with fewer tokens."""
+
+    family: ClassVar[str] = "reduction"
+    baseline: ClassVar[str] = "dense"
+    names: ClassVar[tuple[str, ...]] = ("held_out_rows",)
+    sites: ClassVar[frozenset[str]]
+    """Where its methods may act."""
+
+    model: Any
+    """The model."""
+    data: Any
+    """The data."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All settings that decide a run's outcome, as plain JSON values."""
+
+    @abstractmethod
+    def prepare(self, path: Path) -> None:
+        """Read the data into one file; one that is there is used again."""
+
+    @abstractmethod
+    def remark(self, path: Path) -> str:
+        """What a reader should know of the prepared data, in words."""
+
+    @abstractmethod
+    def plans(self, methods: Mapping[str, Method]) -> dict[str, list[int] | InputError]:
+        """What each method would leave of the model's tokens in each block, or why it cannot."""
+
+    @classmethod
+    def check_method(cls, method: Method, where: str) -> None:
+        from tokenwise.reduction.base import TokenReducer
+
+        if not isinstance(method, TokenReducer):
+            raise InputError(Problem(where, f"{method.card.id!r} is no token reduction; this task compares these."))
+        if method.site not in cls.sites:
+            name = cls.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+            message = f"{method.card.id!r} works at the site {method.site!r}; {name} compares those at "
+            raise InputError(Problem(where, f"{message}{', '.join(sorted(cls.sites))}."))
+
+
+class ImageClassification(ReductionTask):
+    """Images are put into classes by a trained model."""
+
+    runs_in: ClassVar[str] = "tokenwise.comparison.image_classification"
+    head: ClassVar[load.Head] = "image"
+    sites: ClassVar[frozenset[str]] = frozenset({"encoder"})
+
+    kind: Literal["image_classification"]
+    """The kind of task."""
+    model: Annotated[TrainedModel, PlainValidator(_classifier)]
+    """A directory or a hub id of a trained image classifier."""
+    data: ImageData
+    """{eval: ...}."""
+    batch_size: Annotated[Whole, Field(ge=1)] = 32
+    """Images that go through the model at once."""
+
+    @property
+    def described(self) -> str:
+        return f"image classification, {self.batch_size} images at once"
+
+    def settings(self) -> dict[str, Any]:
+        fields = {name: getattr(self.data, name) for name in ("image_field", "label_field", "limit")}
+        return {**fields, "batch_size": self.batch_size}
+
+    def prepare(self, path: Path) -> None:
+        if path.is_file():
+            return
+        data = self.data
+        classes = {int(number): str(name) for number, name in self.model.config.id2label.items()}
+        found = read_pictures(data.eval, data.image_field, data.label_field, data.limit, classes, "task.data.eval")
+        write_binary(path, found.save)
+
+    def remark(self, path: Path) -> str:
+        from tokenwise.models.images import ImageInputs
+
+        found = Pictures.load(path)
+        some = f" of {found.total:,}" if found.total > len(found) else ""
+        return f" ({len(found):,}{some} images); {ImageInputs(self.model.directory, self.model.config).described}"
+
+    def plans(self, methods: Mapping[str, Method]) -> dict[str, list[int] | InputError]:
+        from tokenwise.models.encoders import find_encoder
+        from tokenwise.models.images import ImageInputs, empty_classifier
+        from tokenwise.reduction.encoder import EncoderReduction
+
+        inputs = ImageInputs(self.model.directory, self.model.config, "task.model")
+        from PIL import Image  # the line above says what to install where it is missing
+
+        shape = inputs([Image.new("RGB", (64, 64))]).shape
+        empty = empty_classifier(self.model.config)
+        try:
+            encoder = find_encoder(empty)
+        except InputError as error:
+            raise InputError(Problem("task.model", part.message, part.fix) for part in error.problems) from None
+        tokens = _tokens(empty, encoder, shape)
+        found: dict[str, list[int] | InputError] = {}
+        for name, method in methods.items():
+            try:
+                reduction = EncoderReduction(encoder, method, model=empty)  # type: ignore[arg-type]
+                with reduction:
+                    found[name] = reduction.plan(tokens)
+            except InputError as error:
+                found[name] = error
+        return found
+
+
+def _tokens(empty: Any, encoder: Any, shape: Any) -> int:
+    """How many tokens an image is."""
+    import torch
+
+    seen: list[int] = []
+
+    def note(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        seen.append((args[0] if args else options["hidden_states"]).shape[1])
+
+    hook = encoder.blocks[0].module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            empty(pixel_values=torch.empty(shape, device="meta"))
+    finally:
+        hook.remove()
+    return seen[0]

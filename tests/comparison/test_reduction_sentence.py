@@ -1,0 +1,87 @@
+import numpy as np
+
+from tokenwise.comparison.answer import conclude
+from tokenwise.comparison.quality import ImageQuality
+from tokenwise.comparison.records import Costs, Job, Result
+from tokenwise.comparison.terminal import print_conclusion
+
+IMAGES = 400
+
+
+def run(label, seed, wrong, share=None, flops=50.0, control=None, role="candidate", seconds=0.5):
+    """One run whose first `wrong` images are given another class."""
+    budget = {"unit": "keep", "share": 1.0 if share is None else share}
+    name = label.split()[0]
+    job = Job("run", label, seed, {name: {}}, role, {}, budget, control=control, series=name, draws=role == "control")
+    predictions = (np.arange(IMAGES) < wrong).astype(int).tolist()
+    quality = ImageQuality([0] * IMAGES, predictions, [0] * IMAGES, [0.1] * IMAGES, 2)
+    costs = Costs(flops, 0.01 * seconds, dense_seconds=0.01, tokens_after=8, token_share=share or 1.0)
+    return Result(job, "finished", quality=quality, costs=costs)
+
+
+def answer(*methods, seeds=3):
+    """(label, wrong, share, flops) each; the controls have 120 errors at 0.75 and 200 at 0.5."""
+    results = []
+    for seed in range(seeds):
+        results.append(run("dense", seed, 80, flops=100.0, role="baseline", seconds=1))
+        for name, share, wrong, flops in methods:
+            results.append(run(f"{name} {share}", seed, wrong, share, flops, f"random_drop {share}"))
+        results += [run(f"random_drop {s}", seed, w, s, 50.0, role="control") for s, w in ((0.75, 120), (0.5, 200))]
+    return conclude(results, {"baseline": "dense", "seeds": list(range(seeds)), "family": "reduction"})
+
+
+def test_one_method_at_every_budget():
+    found = answer(
+        ("tome", 0.75, 82, 76.0), ("tome", 0.5, 100, 51.0), ("evit", 0.75, 110, 76.0), ("evit", 0.5, 150, 51.0)
+    )
+    assert found.sentence == "Use tome at keep 0.75 and 0.5."
+    assert found.points[1] == "Keep 0.5: tome (error +5.00 points to dense, 0.51× the FLOPs, 0.50× the time)."
+    assert "no difference shown" in found.points[0]
+    assert found.chosen == ("tome 0.75", "tome 0.5")
+
+
+def test_another_method_at_each_budget():
+    found = answer(
+        ("tome", 0.75, 82, 76.0), ("tome", 0.5, 180, 51.0), ("evit", 0.75, 110, 76.0), ("evit", 0.5, 110, 51.0)
+    )
+    assert found.sentence == "Use tome at keep 0.75 and evit at keep 0.5."
+
+
+def test_the_cheaper_of_two_with_no_difference_shown():
+    found = answer(("tome", 0.5, 100, 60.0), ("evit", 0.5, 101, 51.0))
+    assert found.sentence.startswith("Use evit at keep 0.5; at keep 0.75 no method")
+    assert "as no difference is shown to tome" in found.points[1]
+    found = answer(("tome", 0.5, 100, 51.0), ("evit", 0.5, 101, 51.0))
+    assert "tome or evit" in found.sentence
+
+
+def test_no_method_is_named_that_does_not_beat_chance():
+    found = answer(("tome", 0.75, 119, 76.0), ("tome", 0.5, 201, 51.0))
+    assert found.sentence == "No method is shown to be better than chance at keep 0.75 and 0.5."
+    assert found.chosen == ()
+    assert "no difference shown to chance (random_drop 0.5)" in found.points[1]
+
+
+def test_a_method_that_loses_to_chance_is_told():
+    found = answer(("tome", 0.5, 100, 51.0), ("evit", 0.5, 260, 51.0))
+    assert found.points[1].endswith("; evit does worse than chance.")
+
+
+def test_a_method_that_could_not_go_as_low_is_told():
+    result = answer(("tome", 0.5, 100, 51.0))
+    assert not any("could not go as low" in note for note in result.notes)
+    runs = [run("dense", 0, 80, role="baseline"), run("tome 0.5", 0, 90, 0.5, control=None)]
+    runs[1].costs.token_share = 0.7
+    found = conclude(runs, {"baseline": "dense", "seeds": [0], "family": "reduction"})
+    assert any("tome 0.5 keeps 70%" in note for note in found.notes)
+
+
+def test_the_table_shows_costs_of_one_image():
+    from rich.console import Console
+
+    console = Console(width=110, record=True)
+    print_conclusion(answer(("tome", 0.5, 100, 51.0)), console)
+    text = console.export_text()
+    assert "per image" in text
+    assert "5.00 ms" in text
+    assert "- Keep 0.5: tome" in text
