@@ -159,6 +159,8 @@ def _values(entry: Entry, reference: str) -> dict[str, Any]:
     for name, field in entry["fields"].items():
         if name == "reference" and field.get("required"):
             values[name] = reference
+        elif name == "plan" and field.get("required"):
+            values[name] = "./plan.json"
         elif field.get("required"):
             values[name] = f"<{name}>"
         elif field["default"] is not None:
