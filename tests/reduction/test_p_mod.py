@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from small_models import llama, llava, pictures, vision
+from small_vision_language import IMAGE, KINDS, ROWS, VIDEO, batch_for, vision_language
 from torch import nn
 
 from tokenwise.errors import InputError
@@ -14,7 +15,6 @@ from tokenwise.models.selective_kv import SelectiveLayer
 from tokenwise.reduction import MixtureOfDepths, mixture_ratios
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/p_mod.json").read_text())
-IMAGE = 98
 RATIOS = {1: 0.6, 2: 0.3, 3: 0.15}
 
 
@@ -189,6 +189,49 @@ def test_skipping_equals_hiding_and_rows_are_as_alone(padding):
         assert torch.allclose(one, other, atol=1e-5)
         assert not torch.allclose(one, plain, atol=1e-2)
     assert same(read_and_continue(model, inputs)[0], dense)
+
+
+# PaliGemma's language model is no causal decoder.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "paligemma"])
+@torch.no_grad()
+def test_every_vision_language_model(kind):
+    # qwen3_vl adds features of the image to what its first layers give.
+    model = vision_language(kind)
+    inputs = batch_for(kind, model, ROWS["several images"])
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options["suppress_tokens"] = [IMAGE, VIDEO]
+    dense = model.generate(**inputs, **options).logits
+    with MixtureOfDepths(model, dict.fromkeys(range(3), 1.0)):
+        assert same(model.generate(**inputs, **options).logits, dense)
+    found = []
+    for masked in (False, True):
+        with train(MixtureOfDepths(model, {0: 0.5, 1: 0.3, 2: 0.6}, masked=masked)) as handle:
+            found.append(model.generate(**inputs, **options).logits)
+            assert handle.stats["mean_share"] < 0.55
+    for fast, slow in zip(*found, strict=True):
+        assert torch.allclose(fast, slow, atol=5e-5)
+    assert not torch.allclose(found[0][0], dense[0], atol=1e-2)
+
+
+@torch.no_grad()
+def test_beams_a_second_turn_and_short_floats():
+    model, inputs = llava(layers=4), prompt("left")
+    following = torch.randint(1, 90, (2, 5), generator=torch.Generator().manual_seed(3))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(following)], 1)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    found = []
+    for masked in (False, True):
+        with train(MixtureOfDepths(model, RATIOS, masked=masked)):
+            beams = model.generate(**inputs, max_new_tokens=5, do_sample=False, num_beams=3)
+            cache = model(**inputs, position_ids=positions[:, :-5], use_cache=True).past_key_values
+            options = {"attention_mask": mask, "position_ids": positions[:, -5:], "past_key_values": cache}
+            found.append((beams, model(input_ids=following, **options).logits))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
+    short = {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
+    with train(MixtureOfDepths(model.bfloat16(), RATIOS)) as handle:
+        assert model(**short).logits.dtype == torch.bfloat16
+        assert all(value.dtype == torch.float32 for value in handle.routers.parameters())
 
 
 @torch.no_grad()
