@@ -56,22 +56,28 @@ def entropy_weights(entropies: Sequence[float], tokens: int) -> list[float]:
     return weights if any(weights) else [1.0] * len(weights)
 
 
-def counts_on_shifted_cosine(shape: Shape, shift: float, floor: float = 0.15, dense_above: float = 0.85) -> list[int]:
-    """Tokens after each block on half a cosine wave, ``(cos(pi l / (L - 1)) + 1) / 2 - shift`` of the unprotected.
+def shifted_cosine(layers: int, shift: float, floor: float = 0.15, dense_above: float = 0.85) -> list[float]:
+    """The share of the tokens in each block on half a cosine wave, ``(cos(pi l / (L - 1)) + 1) / 2 - shift``.
 
     Args:
-        shape: of the model.
+        layers: how many blocks there are.
         shift: how far the wave is moved down, from 0; moved below 0 nothing goes.
         floor: the smallest share.
         dense_above: the share above which nothing goes.
 
     Returns:
+        Shares from `floor` to `dense_above`, or 1.
+    """
+    shares = [(math.cos(math.pi * layer / max(layers - 1, 1)) + 1) / 2 - shift for layer in range(layers)]
+    return [1.0 if share > dense_above else max(share, floor) for share in shares]
+
+
+def counts_on_shifted_cosine(shape: Shape, shift: float, floor: float = 0.15, dense_above: float = 0.85) -> list[int]:
+    """Tokens after each block when a `shifted_cosine` of the unprotected ones stays.
+
+    Returns:
         Whole numbers, rounded down; at least one unprotected token is left.
     """
     patches = shape.tokens - shape.prefix
-    counts = []
-    for layer in range(shape.layers):
-        share = (math.cos(math.pi * layer / max(shape.layers - 1, 1)) + 1) / 2 - shift
-        share = 1.0 if share > dense_above else max(share, floor)
-        counts.append(shape.prefix + max(int(share * patches + 1e-9), 1))
-    return counts
+    shares = shifted_cosine(shape.layers, shift, floor, dense_above)
+    return [shape.prefix + max(int(share * patches + 1e-9), 1) for share in shares]
