@@ -38,7 +38,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(options: argparse.Namespace) -> int:
-    problems = [missing_file("IMAGE", image) for image in options.images if not image.is_file()]
+    problems = [
+        Problem("IMAGE", f"{str(image)!r} is a folder.", "Name its files.")
+        if image.is_dir()
+        else missing_file("IMAGE", image)
+        for image in options.images
+        if not image.is_file()
+    ]
     if options.out is not None and options.out.suffix.lower() == ".png" and len(options.images) > 1:
         problems.append(Problem("--out", "is one file for several images.", "Name a folder."))
     if options.max_new_tokens < 1:

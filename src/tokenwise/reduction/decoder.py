@@ -89,8 +89,9 @@ class DecoderReduction(Handle):
         decoder: the decoder.
         method: the method.
         last: the last prompt; None before the first.
-        stats: ``prompts``; of the last one ``candidates`` (of the whole batch), ``mean_share`` (of candidate x layer)
-            and ``macs_share`` (of the layers' multiply-accumulates).
+        stats: ``prompts``; of the last one ``candidates`` (of the whole batch), ``candidates_after`` (in the last
+            layer), ``mean_share`` (of candidate x layer), ``macs_share`` (of the layers' multiply-accumulates), and
+            ``cached_before`` and ``cached_after`` (tokens that a cache stores for a layer, as a mean over the layers).
         masked: do not take tokens out but hide them from attention: the reference to which the fast way is compared.
     """
 
@@ -142,6 +143,16 @@ class DecoderReduction(Handle):
                     )
                 )
             hook(down.register_forward_pre_hook(self._neuron_seer(index)))
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Of each row of the last prompt the candidates that the last layer worked on, counted from 0, [kept]; empty
+        before the first prompt."""
+        if self.last is None:
+            return []
+        number = (self.last.candidates.cumsum(1) - 1).gather(1, self.last.index)
+        left = self.last.candidates.gather(1, self.last.index) & self.last.left
+        return [row[shown] for row, shown in zip(number, left, strict=True)]
 
     def plan(self, candidates: int) -> list[int]:
         """Candidates in each layer when there are so many at the beginning."""
@@ -252,8 +263,11 @@ class DecoderReduction(Handle):
         self.stats.update(
             prompts=self.stats.get("prompts", 0) + 1,
             candidates=whole,
+            candidates_after=sum(len(row) for row in self.kept),
             mean_share=1 - gone / (whole * layers) if whole else 1.0,
             macs_share=sum(shape.macs(row, row) for row in rows) / dense,
+            cached_before=int(tokens.sum()),
+            cached_after=int(worked.sum()) / layers,
         )
 
     def _entering(self, index: int) -> Any:
