@@ -282,7 +282,8 @@ def test_what_cannot_work_is_refused_before_the_first_layer():
     with (
         tw.reduce(model, tw.FastV(keep=0.2, layer=2)),
         pytest.raises(
-            InputError, match=r"2 of 4\. Keep more than 0\.50 of the tokens, or let them go earlier: FastV\(layer"
+            InputError,
+            match=r"2 of 4\. Keep more than 0\.50 of the tokens, or let them go earlier, with a smaller layer",
         ),
     ):
         model(**inputs)

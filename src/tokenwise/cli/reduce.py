@@ -26,7 +26,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("model", metavar="MODEL", help="folder of the model, or its id on the hub")
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files")
     parser.add_argument("--method", metavar="NAME", required=True, help="a reduction; see tokenwise methods")
-    parser.add_argument("--keep", metavar="K", help="what stays, such as 0.5 or '64 tokens' (default: the method's)")
+    parser.add_argument(
+        "--keep",
+        metavar="K",
+        help="what stays, such as 0.5, '64 tokens' or, where layers are reduced, '0.6 flops' (default: the method's)",
+    )
     add_fields(parser, "r=8")
     parser.add_argument("--question", metavar="TEXT", help="what to ask a vision-language model about each image")
     parser.add_argument(

@@ -225,7 +225,7 @@ def _ask(
         if pixels.dim() == 4 and pixels.shape[0] == 1:
             picture = selection_of(handle.kept[0], before, model, pixels, image)
         trials.append(Trial(path, answers, (before, after), seconds, picture, inside))
-    remarks = [remark]
+    remarks = [remark, "Time is that of the whole answer: a longer one takes longer."]
     if method.site == "decoder":
         remarks.append("A picture shows what the last layer still worked on; the layers before it saw more.")
     return remarks, trials
