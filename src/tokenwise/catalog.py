@@ -51,7 +51,7 @@ def find(name: str, where: str = "method", family: str | None = None) -> dict[st
     if found:
         choices = ", ".join(entry["id"] for entry in found)
         raise InputError(Problem(where, f"{name!r} is in several families.", f"Write one of {choices}."))
-    names = [entry["name"] for entry in known.values()]
+    names = [entry["name"] for entry in known.values() if family in (None, entry["family"])]
     raise InputError(Problem(where, f"there is no method {name!r}.", nearest(name, names)))
 
 

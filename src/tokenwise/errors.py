@@ -67,5 +67,5 @@ def missing_file(field: str, path: str | Path) -> Problem:
     elif not path.parent.is_dir():
         fix = f"The folder {str(path.parent)!r} does not exist either."
     else:
-        fix = "Check the path; relative paths start at the plan file's folder, or else at the current folder."
+        fix = "Check the path; relative paths in a plan start at the plan's folder, others at the current folder."
     return Problem(field, f"{str(path)!r} does not exist.", fix)

@@ -1,3 +1,5 @@
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,10 @@ def test_an_image_before_and_after(folder, monkeypatch, capsys):
     [
         (["--method", "tome", "2.png"], "does not exist"),
         (["--method", "tome", "vit/config.json"], "cannot be decoded"),
-        (["--method", "tome", "0.png", "--question", "What?"], "answers no questions"),
+        (["--method", "tome", "0.png", "--question", "What?"], "answers no questions about images"),
+        (["--method", "fast_v", "0.png"], "the model is an encoder alone"),
+        (["--method", "tome", "vit"], "is a folder"),
+        (["--method", "tomee", "0.png"], "Did you mean 'tome'?"),
         (["--method", "faster_vlm", "0.png"], "the model is an encoder alone"),
         (["--method", "dft", "0.png"], "is no token reduction"),
         (["--method", "tome", "--keep", "2", "0.png"], "whole number is ambiguous"),
@@ -90,3 +95,24 @@ def test_a_question_before_and_after(speaking, monkeypatch, capsys):
     assert "answers questions" in capsys.readouterr().err
     assert main(["reduce", "model", "0.png", "--method", "tome", "--question", "What?"]) == 2
     assert "works at the site 'encoder'" in capsys.readouterr().err
+
+
+def test_tokens_that_go_between_layers(speaking, monkeypatch, capsys):
+    monkeypatch.chdir(speaking)
+    arguments = ["reduce", "model", "0.png", "--method", "fast_v", "--keep", "0.75", "-p", "layer=1"]
+    assert main([*arguments, "--max-new-tokens", "3", "--question", "What is it?", "--out", "inside.png"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "image tokens, last layer 16 8 (50%)" in out
+    assert "image tokens × layers 32 24 (75%)" in out
+    before = int(re.search(r"cached tokens × layers (\d+) × 2", out)[1])
+    assert f"{before} × 2 {before} × 1, {before - 8} × 1" in out
+    with Image.open("inside.png") as drawn:
+        grey = [drawn.getpixel((column * 56 + 28, row * 56 + 28)) for row in range(4) for column in range(4)]
+    assert sum(len(set(pixel)) == 1 for pixel in grey) == 8
+
+
+def test_a_model_without_its_processor(speaking, tmp_path, capsys):
+    shutil.copytree(speaking / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*processor*"))
+    arguments = ["reduce", str(tmp_path / "model"), str(speaking / "0.png"), "--method", "fast_v"]
+    assert main([*arguments, "--question", "What?"]) == 2
+    assert "has no processor" in " ".join(capsys.readouterr().err.split())

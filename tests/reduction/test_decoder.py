@@ -281,7 +281,10 @@ def test_what_cannot_work_is_refused_before_the_first_layer():
         tw.reduce(transformers.MistralForCausalLM(config), tw.FastV())
     with (
         tw.reduce(model, tw.FastV(keep=0.2, layer=2)),
-        pytest.raises(InputError, match="less than the 2 of 4 layers"),
+        pytest.raises(
+            InputError,
+            match=r"2 of 4\. Keep more than 0\.50 of the tokens, or let them go earlier, with a smaller layer",
+        ),
     ):
         model(**inputs)
     with (
@@ -321,3 +324,23 @@ def test_other_decoders(kind):
     with tw.reduce(model, METHODS["pyramid_drop"](), masked=True):
         assert torch.allclose(model(**inputs).logits[left], fast[left], atol=1e-5)
     assert not torch.allclose(dense[left], fast[left], atol=1e-2)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_stats_are_those_of_the_last_prompt(padding):
+    model, inputs = CASES["llava" if padding is None else f"llava {padding}"]()
+    images = (inputs["input_ids"] == IMAGE) & inputs["attention_mask"].bool()
+    with tw.reduce(model, METHODS["pyramid_drop"]()) as handle:
+        assert handle.kept == []
+        _, cache = read_and_continue(model, inputs, steps=0)
+        stats, left = handle.stats, shown(handle, images.shape[1])
+    assert stats["candidates"] == images.sum()
+    assert stats["candidates_after"] == (images & left).sum() < images.sum()
+    for row, kept in enumerate(handle.kept):
+        assert torch.equal(images[row].nonzero()[kept, 0], (images & left)[row].nonzero()[:, 0])
+    assert stats["cached_before"] == inputs["attention_mask"].sum()
+    gone = (1 - stats["mean_share"]) * stats["candidates"]
+    assert stats["cached_after"] == pytest.approx(stats["cached_before"] - gone)
+    if padding is None:
+        widest = sum(layer.keys.shape[2] for layer in cache.layers) / len(cache.layers)
+        assert stats["cached_after"] <= 2 * widest

@@ -175,3 +175,54 @@ def test_bad_input_is_refused():
         tw.reduction.rank_stability(model.train(), batch, tw.FasterVLM())
     with pytest.raises(InputError, match="works at no site known here"):
         tw.reduction.rank_stability(model.eval(), batch, tw.Uniform())
+
+
+SCORED = {
+    "evit": tw.EViT(keep=0.5, fuse=False),
+    "flow_cut": tw.FlowCut(keep=0.3),
+    "sp_atten": tw.SpAtten(keep=0.5),
+    "zero_tprune": tw.ZeroTPrune(keep=0.5, alike=0),
+    "diff_rate": tw.DiffRate(keep=0.5),
+    "random_drop": tw.RandomDrop(keep=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_the_score_is_what_tokens_of_an_encoder_are_kept_by(name):
+    model, method, seen = classifier(), SCORED[name], []
+    with tw.reduce(model, method) as handle:
+        handle.watch = lambda tokens: seen.append((tokens.positions, tokens.prefix, method.score(tokens)))
+        with torch.no_grad():
+            model(pixel_values=pictures())
+    following = [positions for positions, _, _ in seen[1:]] + [handle.last.positions]
+    for (before, prefix, score), after in zip(seen, following, strict=True):
+        for row in range(len(before)):
+            stays = torch.isin(before[row], after[row])
+            stays[:prefix] = True
+            assert score[row, stays].min() >= score[row, ~stays].max()
+    [found] = tw.reduction.rank_stability(model, {"pixel_values": pictures()}, method, noise=(0.0,), draws=1)
+    assert found.jaccard == 1
+    assert found.tau == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", [tw.FlowCut(keep=0.3), tw.ZeroTPrune(keep=0.5), tw.SpAtten(keep=0.5)])
+def test_ranking_by_more_than_the_class_token_can_be_attacked(method):
+    model, images = classifier(), pictures(2)
+    batch = {"pixel_values": images, "labels": torch.tensor([0, 1])}
+    moved = [
+        tw.reduction.compression_aware_attack(
+            model, batch, method, epsilon=0.1, steps=1, rank_weight=weight
+        ).pixel_values
+        for weight in (0.0, 100.0)
+    ]
+    assert not torch.equal(*moved)
+
+
+def test_the_score_of_chance_is_what_it_keeps_by():
+    model, method = llava(), tw.reduction.Random(keep=0.25)
+    with tw.reduce(model, method) as handle, torch.no_grad():
+        model(**questions())
+    scores = torch.rand(16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(handle.kept[0], scores.topk(4).indices.sort().values)
+    [found] = tw.reduction.rank_stability(model, questions(), method, noise=(1.0,), draws=1)
+    assert found.tau == pytest.approx(1)

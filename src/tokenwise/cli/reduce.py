@@ -26,7 +26,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("model", metavar="MODEL", help="folder of the model, or its id on the hub")
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files")
     parser.add_argument("--method", metavar="NAME", required=True, help="a reduction; see tokenwise methods")
-    parser.add_argument("--keep", metavar="K", help="what stays, such as 0.5 or '64 tokens' (default: the method's)")
+    parser.add_argument(
+        "--keep",
+        metavar="K",
+        help="what stays, such as 0.5, '64 tokens' or, where layers are reduced, '0.6 flops' (default: the method's)",
+    )
     add_fields(parser, "r=8")
     parser.add_argument("--question", metavar="TEXT", help="what to ask a vision-language model about each image")
     parser.add_argument(
@@ -38,7 +42,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(options: argparse.Namespace) -> int:
-    problems = [missing_file("IMAGE", image) for image in options.images if not image.is_file()]
+    problems = [
+        Problem("IMAGE", f"{str(image)!r} is a folder.", "Name its files.")
+        if image.is_dir()
+        else missing_file("IMAGE", image)
+        for image in options.images
+        if not image.is_file()
+    ]
     if options.out is not None and options.out.suffix.lower() == ".png" and len(options.images) > 1:
         problems.append(Problem("--out", "is one file for several images.", "Name a folder."))
     if options.max_new_tokens < 1:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ from tokenwise.models import load
 from tokenwise.models.images import ImageInputs, load_classifier
 from tokenwise.reduction.apply import reduce
 from tokenwise.reduction.base import EncoderReducer, TokenReducer
+from tokenwise.reduction.decoder import DecoderReduction
 from tokenwise.reduction.encoder import EncoderReduction
 from tokenwise.reduction.inputs import InputReduction
 
@@ -42,6 +44,7 @@ class Trial:
         tokens: before and after.
         seconds: with all tokens, and with fewer.
         picture: what was kept, as `draw` takes it; None where tokens are not a plain grid.
+        inside: where tokens go between the layers of a decoder: a name, before and after; else nothing.
     """
 
     image: Path
@@ -49,13 +52,16 @@ class Trial:
     tokens: tuple[int, int]
     seconds: tuple[float, float]
     picture: dict[str, Any] | None
+    inside: tuple[tuple[str, str, str], ...] = ()
 
     def lines(self) -> list[tuple[str, str, str]]:
         """What is shown: a name, before and after."""
-        share = plain(100 * self.tokens[1] / self.tokens[0], 0)
+        before, after = self.tokens
+        name = "image tokens, last layer" if self.inside else "image tokens"
         return [
             ("answer", *self.answers),
-            ("image tokens", str(self.tokens[0]), f"{self.tokens[1]} ({share}%)"),
+            (name, str(before), f"{after} ({_percent(after / before)})"),
+            *self.inside,
             (
                 "time",
                 duration(self.seconds[0]),
@@ -111,7 +117,7 @@ def try_out(
         found = _ask(directory, method, images, opened, question, max_new_tokens)
     else:
         if question is not None:
-            raise InputError(Problem("--question", f"a {kind} model classifies images, it answers no questions."))
+            raise InputError(Problem("--question", f"a {kind} model answers no questions about images."))
         found = _classify(directory, method, images, opened)
     described = ", ".join(f"{name} {value}" for name, value in method.config().items() if value is not None)
     return Trials(f"{method.card.name} ({described})", question, *found)
@@ -180,10 +186,13 @@ def _ask(
 ) -> tuple[list[str], list[Trial]]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if method.site != "input":
-        message = f"{method.card.id!r} works at the site {method.site!r}."
-        fix = "Use one for the input of a language model, such as faster_vlm."
+    if method.site == "encoder":
+        message = f"{method.card.id!r} works at the site {method.site!r}, and the language model needs every patch."
+        fix = "Use one for its input or its layers, such as faster_vlm or fast_v."
         raise InputError(Problem("--method", message, fix))
+    if not any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        fix = "Save the processor beside the model: processor.save_pretrained(...)."
+        raise InputError(Problem("MODEL", f"{str(directory)!r} has no processor, which makes tokens of images.", fix))
     try:
         processor: Any = AutoProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
     except Exception as error:  # the processor classes raise errors of many kinds of their own
@@ -204,15 +213,41 @@ def _ask(
             return str(processor.batch_decode(ids[:, length:], skip_special_tokens=True)[0]).strip()
 
         answers, seconds, handle = _both(model, method, generate, 1)
-        assert isinstance(handle, InputReduction)
-        before, after = (
-            int(handle.stats[f"image_tokens_{name}"] // handle.stats["batches"]) for name in ("before", "after")
-        )
+        inside = _inside(handle) if isinstance(handle, DecoderReduction) else ()
+        if isinstance(handle, DecoderReduction):
+            before, after = int(handle.stats["candidates"]), int(handle.stats["candidates_after"])
+        else:
+            assert isinstance(handle, InputReduction)
+            before, after = (
+                int(handle.stats[f"image_tokens_{name}"] // handle.stats["batches"]) for name in ("before", "after")
+            )
         pixels, picture = batch["pixel_values"], None
         if pixels.dim() == 4 and pixels.shape[0] == 1:
             picture = selection_of(handle.kept[0], before, model, pixels, image)
-        trials.append(Trial(path, answers, (before, after), seconds, picture))
-    return [remark], trials
+        trials.append(Trial(path, answers, (before, after), seconds, picture, inside))
+    remarks = [remark, "Time is that of the whole answer: a longer one takes longer."]
+    if method.site == "decoder":
+        remarks.append("A picture shows what the last layer still worked on; the layers before it saw more.")
+    return remarks, trials
+
+
+def _inside(handle: DecoderReduction) -> tuple[tuple[str, str, str], ...]:
+    """What became of the tokens between the layers of a language model."""
+    assert handle.last is not None
+    stats, layers = handle.stats, len(handle.last.layers)
+    whole = int(stats["candidates"]) * layers
+    left = round(whole * stats["mean_share"])
+    runs = [(count, len(list(run))) for count, run in groupby(int(layer.sum()) for layer in handle.last.layers)]
+    stored = ", ".join(f"{count} × {times}" for count, times in runs)
+    return (
+        ("image tokens × layers", str(whole), f"{left} ({_percent(stats['mean_share'])})"),
+        ("cached tokens × layers", f"{int(stats['cached_before'])} × {layers}", stored),
+        ("layers' arithmetic", "100%", _percent(stats["macs_share"])),
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{plain(100 * share, 0)}%"
 
 
 def _prompt(processor: Any, question: str) -> tuple[str, str]:

@@ -131,6 +131,44 @@ def fit(
     return plan(high)
 
 
+def fit_macs(
+    plan: Callable[[int], list[int] | None], share: float, shape: Shape, candidates: int
+) -> tuple[list[int] | None, float]:
+    """The largest plan of a decoder's layers within a share of the dense layers' multiply-accumulates.
+
+    Args:
+        plan: candidates in each layer for the sum over all layers that they may reach; falls with it, and None where no
+            plan is that small.
+        share: of the multiply-accumulates, in (0, 1].
+        shape: of the decoder; its tokens are those of the whole prompt.
+        candidates: how many of them may go.
+
+    Returns:
+        The plan, None where even the smallest exceeds the share; and the share that it, or the smallest, takes.
+    """
+    layers, others = shape.layers, shape.tokens - candidates
+    dense = shape.macs([shape.tokens] * layers, [shape.tokens] * layers)
+
+    def cost(counts: list[int]) -> float:
+        tokens = [others + count for count in counts]
+        return float(shape.macs(tokens, tokens) / dense)
+
+    best, smallest = None, 1.0
+    low, high = 0, candidates * layers + 1
+    while low + 1 < high:
+        middle = (low + high) // 2
+        counts = plan(middle)
+        if counts is None:
+            low = middle
+            continue
+        taken = cost(counts)
+        if taken <= share:
+            best, low = (counts, taken), middle
+        else:
+            smallest, high = min(smallest, taken), middle
+    return best if best is not None else (None, smallest)
+
+
 def tokens_in_stages(candidates: int, layers: int, starts: Sequence[int], shares: Sequence[float]) -> list[int]:
     """Tokens in each layer when they fall at some layers to shares of their first number.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, field_validator
 
+from tokenwise.errors import InputError, Problem
 from tokenwise.method import Method
 from tokenwise.policies.budget import Keep, kept_count, parse_flops
 from tokenwise.reduction.plan import PLAN_RANGE, PlanFile
@@ -105,6 +106,11 @@ class LayerTokens:
         return scores if self.padding is None else scores.masked_fill(self.padding, float("-inf"))
 
 
+def _keep_or_flops(value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
+    found: float | str = parse_flops(value) or check(value)
+    return found
+
+
 class EncoderReducer(TokenReducer):
     """Takes tokens out of the blocks of an encoder.
 
@@ -131,8 +137,7 @@ class EncoderReducer(TokenReducer):
     @classmethod
     def _share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
         """Here `keep` may also be a share of the operations."""
-        found: float | str = parse_flops(value) or check(value)
-        return found
+        return _keep_or_flops(value, check)
 
     def planned(self, shape: Shape) -> list[int]:
         """Tokens after each block: the plan's where there is one, else `counts`."""
@@ -175,6 +180,18 @@ class InputReducer(TokenReducer):
     before_projector: ClassVar[bool] = False
     """Whether it mixes what the projector reads, where the model has a projector that reads each row by itself;
     elsewhere, and otherwise, it mixes the features."""
+
+    @field_validator("keep", mode="wrap")
+    @classmethod
+    def _no_share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
+        """How much the rest of a prompt costs is not known here."""
+        if parse_flops(value):
+            raise ValueError(
+                "is a share of a language model's operations, which depends on the text beside the image; write the "
+                'share of image tokens, such as 0.4, or "128 tokens"'
+            )
+        found: float | str = check(value)
+        return found
 
     def signals(self) -> tuple[Signal, ...]:
         """What is recorded of the vision tower; nothing unless given."""
@@ -254,6 +271,36 @@ class DecoderReducer(TokenReducer):
     site: ClassVar[Literal["encoder", "input", "decoder"]] = "decoder"
     of_text: ClassVar[bool] = False
     """Whether it also serves models of text alone."""
+
+    @field_validator("keep", mode="wrap")
+    @classmethod
+    def _share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
+        """Here `keep` may also be a share of the operations of the layers, the text's included."""
+        return _keep_or_flops(value, check)
+
+    def planned(self, candidates: int, shape: Shape) -> list[int]:
+        """Candidates in each layer when there are so many in a prompt of as many tokens as `shape` says: `counts`;
+        where `keep` is a share of the operations, those of the largest share of candidate x layer within it.
+
+        Raises:
+            InputError: when the text and the layers in which all tokens are needed take more than that share.
+        """
+        if not (candidates and isinstance(self.keep, str) and self.keep.endswith("flops")):
+            return self.counts(candidates, shape.layers)
+        from tokenwise.policies.plans import fit_macs
+
+        def plan(total: int) -> list[int] | None:
+            try:
+                return self.replace(keep=total / (candidates * shape.layers)).counts(candidates, shape.layers)
+            except InputError:
+                return None
+
+        found, least = fit_macs(plan, float(self.keep.split()[0]), shape, candidates)
+        if found is None:
+            field, message = f"{type(self).__name__}.keep", f"{self.keep!r} is less than the share of {least:.3f} that "
+            message += f"the text and the layers with all {candidates} candidates take."
+            raise InputError(Problem(field, message, "Keep more, or drop in earlier layers."))
+        return found
 
     @abstractmethod
     def counts(self, candidates: int, layers: int) -> list[int]:

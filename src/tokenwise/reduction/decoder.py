@@ -15,6 +15,7 @@ from tokenwise.models.decoders import Decoder
 from tokenwise.models.selective_kv import SelectiveLayer, hidden_value
 from tokenwise.models.tap import AttentionCall, attention_inputs, listen
 from tokenwise.policies.plans import Shape
+from tokenwise.reduction.active import claim, conflict
 from tokenwise.reduction.base import DecoderReducer, DecoderTokens
 from tokenwise.signals.head import IGNORED
 
@@ -89,8 +90,9 @@ class DecoderReduction(Handle):
         decoder: the decoder.
         method: the method.
         last: the last prompt; None before the first.
-        stats: ``prompts``; of the last one ``candidates`` (of the whole batch), ``mean_share`` (of candidate x layer)
-            and ``macs_share`` (of the layers' multiply-accumulates).
+        stats: ``prompts``; of the last one ``candidates`` (of the whole batch), ``candidates_after`` (in the last
+            layer), ``mean_share`` (of candidate x layer), ``macs_share`` (of the layers' multiply-accumulates), and
+            ``cached_before`` and ``cached_after`` (tokens that a cache stores for a layer, as a mean over the layers).
         masked: do not take tokens out but hide them from attention: the reference to which the fast way is compared.
     """
 
@@ -104,13 +106,16 @@ class DecoderReduction(Handle):
                     "For a model of text use a method such as fast_v or sp_atten_decoder.",
                 )
             )
+        other = conflict(decoder.module, "decoder")
+        if other is not None:
+            raise InputError(other)
         self.decoder = decoder
         self.method = method
         self.masked = masked
         self.last: Prompt | None = None
         self._prompt: Prompt | None = None
         self._labels: Tensor | None = None
-        self._plans: dict[int, list[int]] = {}
+        self._plans: dict[tuple[int, int], list[int]] = {}
 
         def hook(handle: Any) -> None:
             self.on_undo(handle.remove)
@@ -142,11 +147,22 @@ class DecoderReduction(Handle):
                     )
                 )
             hook(down.register_forward_pre_hook(self._neuron_seer(index)))
+        self.on_undo(claim(decoder.module, "decoder"))
 
-    def plan(self, candidates: int) -> list[int]:
-        """Candidates in each layer when there are so many at the beginning."""
-        if candidates not in self._plans:
-            counts = self.method.counts(candidates, len(self.decoder.layers))
+    @property
+    def kept(self) -> list[Tensor]:
+        """Of each row of the last prompt the candidates that the last layer worked on, counted from 0, [kept]; empty
+        before the first prompt."""
+        if self.last is None:
+            return []
+        number = (self.last.candidates.cumsum(1) - 1).gather(1, self.last.index)
+        left = self.last.candidates.gather(1, self.last.index) & self.last.left
+        return [row[shown] for row, shown in zip(number, left, strict=True)]
+
+    def plan(self, candidates: int, tokens: int) -> list[int]:
+        """Candidates in each layer when there are so many at the beginning, among as many tokens."""
+        if (candidates, tokens) not in self._plans:
+            counts = self.method.planned(candidates, self._shape(tokens))
             if candidates and any(count != candidates for count in counts[: max(self.decoder.deep, 1)]):
                 raise InputError(
                     Problem(
@@ -155,8 +171,12 @@ class DecoderReduction(Handle):
                         "Drop them in later layers.",
                     )
                 )
-            self._plans[candidates] = counts
-        return self._plans[candidates]
+            self._plans[candidates, tokens] = counts
+        return self._plans[candidates, tokens]
+
+    def _shape(self, tokens: int) -> Shape:
+        decoder = self.decoder
+        return Shape(tokens, len(decoder.layers), 0, decoder.width, decoder.hidden_width, True, decoder.key_width)
 
     def _read_labels(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._labels = options.get("labels")
@@ -207,7 +227,7 @@ class DecoderReduction(Handle):
             predicts = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
             candidates = candidates & ~(predicts | (labels != IGNORED))
         counts = candidates.sum(1).tolist()
-        plans = [self.plan(count) for count in counts]
+        plans = [self.plan(*row) for row in zip(counts, real.sum(1).tolist(), strict=True)]
         index = torch.arange(shape[1], device=device).expand(shape)
         self._prompt = Prompt(real, candidates, plans, counts, index, real)
 
@@ -241,19 +261,22 @@ class DecoderReduction(Handle):
         # The index stays, for drawings and checks; the states of all tokens need not.
         prompt.states = prompt.given = prompt.mask = None
         prompt.memory = {}
-        decoder, layers = self.decoder, len(self.decoder.layers)
+        layers = len(self.decoder.layers)
         whole = int(prompt.candidates.sum())
         tokens = prompt.real.sum(1)
         worked = torch.stack(prompt.layers)
-        shape = Shape(0, layers, 0, decoder.width, decoder.hidden_width, True, decoder.key_width)
+        shape = self._shape(0)
         rows = worked.T.tolist()
         dense = sum(shape.macs([count] * layers, [count] * layers) for count in tokens.tolist())
         gone = int((tokens - worked).sum())
         self.stats.update(
             prompts=self.stats.get("prompts", 0) + 1,
             candidates=whole,
+            candidates_after=sum(len(row) for row in self.kept),
             mean_share=1 - gone / (whole * layers) if whole else 1.0,
             macs_share=sum(shape.macs(row, row) for row in rows) / dense,
+            cached_before=int(tokens.sum()),
+            cached_after=int(worked.sum()) / layers,
         )
 
     def _entering(self, index: int) -> Any:

@@ -9,6 +9,8 @@ from tokenwise.policies.budget import Keep
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokenwise.policies.plans import Shape
     from tokenwise.reduction.merge import Merge
 
@@ -51,6 +53,9 @@ class DiffRate(EncoderReducer):
 
         return fit(plan, self.keep, shape, between=True, largest=shape.tokens)
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return tokens.class_row().masked_fill(tokens.protected(), float("inf"))
+
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
         import torch
 
@@ -59,8 +64,7 @@ class DiffRate(EncoderReducer):
 
         planned = None if self.plan is None else self.plan.dropped_to
         left = (tokens.hidden.shape[1] + count + 1) // 2 if planned is None else planned[tokens.layer]
-        order = tokens.class_row().masked_fill(tokens.protected(), float("inf"))
-        order = order.argsort(dim=1, descending=True, stable=True)
+        order = self.score(tokens).argsort(dim=1, descending=True, stable=True)
         kept, merging = order[:, :count].sort(1).values, order[:, count:left]
 
         metric = normalized(tokens.hidden)

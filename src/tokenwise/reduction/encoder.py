@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.encoders import Encoder, EncoderBlock
+from tokenwise.models.patch import replace_attribute
 from tokenwise.models.tap import AttentionCall, listen
+from tokenwise.models.vision_language import LAYOUTS
 from tokenwise.policies.plans import Shape
+from tokenwise.reduction.active import claim, conflict
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 from tokenwise.reduction.merge import Merge, Mixture, take
-
-_REDUCED: WeakSet[nn.Module] = WeakSet()
-"""The encoders that are being reduced."""
 
 
 @dataclass
@@ -115,11 +115,17 @@ class EncoderReduction(Handle):
         self._calls: dict[int, AttentionCall] = {}
         self._given: dict[str, Tensor] = {}
         self._collects_hidden = False
+        self._reads_text = False
         check_encoder(encoder, method, masked, model)
-        _REDUCED.add(encoder.module)
-        self.on_undo(lambda: _REDUCED.discard(encoder.module))
+        self.on_undo(claim(encoder.module, "encoder"))
         hook = model.register_forward_pre_hook(self._called, with_kwargs=True)
         self.on_undo(hook.remove)
+        whole: Any = model
+        if _has_placeholders(model):
+            self.on_undo(model.register_forward_hook(self._answered, always_call=True).remove)
+            if hasattr(whole, "generate"):
+                # It encodes images before it calls the model.
+                self.on_undo(replace_attribute(model, "generate", self._generating(whole.generate)))
         try:
             for index, block in enumerate(encoder.blocks):
                 self._attach(index, block)
@@ -156,12 +162,27 @@ class EncoderReduction(Handle):
             asked = getattr(getattr(model, "config", None), "output_hidden_states", False)
         # A vision-language model means those of its language model.
         self._collects_hidden = bool(asked) and not hasattr(getattr(model, "model", model), "vision_tower")
+        self._reads_text = _has_placeholders(model)
         missing = [name for name in self.method.inputs if name not in options]
         if missing:
             name = type(self.method).__name__
             raise InputError(Problem(missing[0], f"is missing, which {name} needs.", "Give it to the model's call."))
         self._given = {name: options[name] for name in self.method.inputs}
         return args, {name: value for name, value in options.items() if name not in self._given}
+
+    def _answered(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._reads_text = False
+
+    def _generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(generate)
+        def generating(*args: Any, **options: Any) -> Any:
+            self._reads_text = True
+            try:
+                return generate(*args, **options)
+            finally:
+                self._reads_text = False
+
+        return generating
 
     def _attach(self, index: int, block: EncoderBlock) -> None:
         def hook(handle: Any) -> None:
@@ -284,6 +305,16 @@ class EncoderReduction(Handle):
                     "output_hidden_states",
                     "asks for the tokens after every block, which are fewer after each.",
                     "Leave it out, or reduce with masked=True.",
+                )
+            )
+        if self._reads_text and not self.masked:
+            raise InputError(
+                Problem(
+                    "model",
+                    "has a placeholder for each token of its vision tower, of which "
+                    f"{type(self.method).__name__} leaves fewer.",
+                    "Use a method for the input or inside the language model, such as faster_vlm or fast_v, or reduce "
+                    "with masked=True.",
                 )
             )
         if block.training and getattr(block, "gradient_checkpointing", False):
@@ -418,6 +449,11 @@ def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> 
     return compact
 
 
+def _has_placeholders(model: nn.Module) -> bool:
+    """Whether it is a vision-language model whose prompt has a token for each of an image's features."""
+    return getattr(getattr(model, "config", None), "model_type", None) in LAYOUTS
+
+
 _PER_TOKEN = (
     "ForTokenClassification",
     "ForQuestionAnswering",
@@ -435,12 +471,9 @@ def check_encoder(encoder: Encoder, method: EncoderReducer, masked: bool, model:
         InputError: with every problem.
     """
     name, problems = type(method).__name__, []
-    if encoder.module in _REDUCED:
-        problems.append(
-            Problem(
-                "model", "is being reduced already, and only one method can count its tokens.", "Undo that one first."
-            )
-        )
+    other = conflict(encoder.module, "encoder")
+    if other is not None:
+        problems.append(other)
     if "class_token" in method.reads and not encoder.has_class_token:
         problems.append(
             Problem(

@@ -102,8 +102,11 @@ class FlowCut(EncoderReducer):
         wanted = (patches - left) / math.sqrt(remaining) * (1 - evenness.square())
         return int(wanted.max().round())
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return tokens.ranked(tokens.memory["score"])
+
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
         from tokenwise.policies.matching import largest
         from tokenwise.reduction.merge import keep_only
 
-        return keep_only(largest(tokens.ranked(tokens.memory["score"]), count))
+        return keep_only(largest(self.score(tokens), count))

@@ -17,6 +17,7 @@ from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.patch import replace_attribute
 from tokenwise.models.vision_language import PROJECTOR_INPUTS, EncodedImage, VisionLanguageModel, vision_language_model
+from tokenwise.reduction.active import claim, conflict
 from tokenwise.reduction.base import InputReducer
 from tokenwise.reduction.merge import Merge, Mixture
 from tokenwise.signals.head import IGNORED
@@ -339,6 +340,9 @@ class InputReduction(Handle):
         super().__init__()
         layout = vision_language_model(model)
         check_layout(layout, method)
+        other = conflict(model, "input")
+        if other is not None:
+            raise InputError(other)
         self.kept: list[Tensor] = []
         forward, generate = model.forward, model.generate
         signature = inspect.signature(forward)
@@ -407,6 +411,7 @@ class InputReduction(Handle):
             found.sequences = sequences
             return found
 
+        self.on_undo(claim(model, "input"))
         self.on_undo(layout.keep_state())
         self.on_undo(replace_attribute(model, "forward", reduced_forward))
         self.on_undo(replace_attribute(model, "generate", reduced_generate))

@@ -11,6 +11,8 @@ from tokenwise.policies.budget import Keep
 from tokenwise.reduction.base import EncoderReducer, InputReducer, LayerTokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokenwise.models.vision_language import EncodedImage
     from tokenwise.policies.plans import Shape
     from tokenwise.reduction.merge import Merge
@@ -26,15 +28,17 @@ class Random(InputReducer):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draw; the same for every image of as many patches."""
 
-    def select(self, image: EncodedImage, count: int) -> Merge:
+    def score(self, image: EncodedImage) -> Tensor:
         import torch
 
+        drawn = torch.rand(len(image.features), generator=torch.Generator().manual_seed(self.seed))
+        return drawn.to(image.features.device).masked_fill(~image.patch, float("inf"))
+
+    def select(self, image: EncodedImage, count: int) -> Merge:
         from tokenwise.policies.matching import largest
         from tokenwise.reduction.merge import keep_only
 
-        drawn = torch.rand(len(image.features), generator=torch.Generator().manual_seed(self.seed))
-        score = drawn.to(image.features.device).masked_fill(~image.patch, float("inf"))
-        return keep_only(largest(score.unsqueeze(0), count))
+        return keep_only(largest(self.score(image).unsqueeze(0), count))
 
 
 class RandomDrop(EncoderReducer):
@@ -56,12 +60,15 @@ class RandomDrop(EncoderReducer):
 
         return fit(plan, self.keep, shape, between=True, largest=shape.tokens)
 
-    def reduce(self, tokens: LayerTokens, count: int) -> Merge:
+    def score(self, tokens: LayerTokens) -> Tensor:
         import torch
-
-        from tokenwise.policies.matching import largest
-        from tokenwise.reduction.merge import keep_only
 
         generator = torch.Generator().manual_seed(self.seed * 1000 + tokens.layer)
         drawn = torch.rand(tokens.hidden.shape[1], generator=generator).to(tokens.hidden.device)
-        return keep_only(largest(tokens.ranked(drawn.expand(tokens.hidden.shape[:2])), count))
+        return tokens.ranked(drawn.expand(tokens.hidden.shape[:2]))
+
+    def reduce(self, tokens: LayerTokens, count: int) -> Merge:
+        from tokenwise.policies.matching import largest
+        from tokenwise.reduction.merge import keep_only
+
+        return keep_only(largest(self.score(tokens), count))

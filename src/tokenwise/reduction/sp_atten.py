@@ -11,6 +11,8 @@ from tokenwise.policies.budget import Keep
 from tokenwise.reduction.base import EncoderReducer, LayerTokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokenwise.policies.plans import Shape
     from tokenwise.reduction.merge import Merge
 
@@ -58,8 +60,11 @@ class SpAtten(EncoderReducer):
         tokens.memory["importance"] = received
         return counts[tokens.layer]
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        return tokens.ranked(tokens.memory["importance"])
+
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
         from tokenwise.policies.matching import largest
         from tokenwise.reduction.merge import keep_only
 
-        return keep_only(largest(tokens.ranked(tokens.memory["importance"]), count))
+        return keep_only(largest(self.score(tokens), count))

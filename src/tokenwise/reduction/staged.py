@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokenwise.models.tap import AttentionCall
+    from tokenwise.policies.plans import Shape
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -25,8 +26,8 @@ class _StagedReducer(DecoderReducer):
     """The shares that the paper has."""
 
     keep: Keep = 0.5
-    """What stays: share of image token x layer; or ``"N tokens"``, a mean over the layers. The shares of the paper are
-    raised to one power to meet it."""
+    """What stays: share of image token x layer; or ``"N tokens"``, a mean over the layers; or ``"X flops"``, a share of
+    the operations of all layers. The shares of the paper are raised to one power to meet it."""
     ratios: tuple[Share, ...] | None = None
     """Share of the image tokens that stay from each of the places on, of their first number; instead of `keep`."""
 
@@ -37,6 +38,9 @@ class _StagedReducer(DecoderReducer):
     def shares(self, layers: int) -> tuple[float, ...]:
         """The shares that the paper has from there on."""
         return self.paper_ratios
+
+    def planned(self, candidates: int, shape: Shape) -> list[int]:
+        return self.counts(candidates, shape.layers) if self.ratios is not None else super().planned(candidates, shape)
 
     def counts(self, candidates: int, layers: int) -> list[int]:
         from tokenwise.policies.plans import fit_stages, tokens_in_stages
@@ -51,13 +55,12 @@ class _StagedReducer(DecoderReducer):
             return tokens_in_stages(candidates, layers, starts, ratios)
         found = fit_stages(candidates, layers, starts, ratios, self.keep)
         if found is None:
-            raise InputError(
-                Problem(
-                    f"{name}.keep",
-                    f"{self.keep!r} is less than the {min(starts)} of {layers} layers before the first place take.",
-                    "Keep more, or drop in earlier layers.",
-                )
-            )
+            first = min(starts)
+            message = f"{self.keep!r} is less than what the layers take in which all stay, {first} of {layers}."
+            places = next((each for each in ("layer", "places") if each in type(self).model_fields), None)
+            fix = f"Keep more than {first / layers:.2f} of the tokens"
+            fix += "." if places is None else f", or let them go earlier, with a smaller {places}."
+            raise InputError(Problem(f"{name}.keep", message, fix))
         return found
 
 

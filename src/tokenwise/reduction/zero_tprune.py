@@ -65,6 +65,10 @@ class ZeroTPrune(EncoderReducer):
         rank = tokens.attention.rank(steps, None if tokens.padding is None else ~tokens.padding)
         return rank.square().mean(1).sqrt()
 
+    def score(self, tokens: LayerTokens) -> Tensor:
+        """The importance; what goes for its likeness goes whatever its rank."""
+        return tokens.ranked(self.importance(tokens))
+
     def reduce(self, tokens: LayerTokens, count: int) -> Merge:
         import torch
 

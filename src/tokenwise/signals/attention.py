@@ -158,7 +158,7 @@ def attention_columns(
     return total / count
 
 
-@torch.no_grad()
+@_detached_unless_asked
 def attention_rank(
     query: Tensor,
     key: Tensor,
