@@ -46,7 +46,7 @@ class Pictures:
     def image(self, index: int) -> Any:
         """One of them, decoded."""
         start = int(self.ends[index - 1]) if index else 0
-        return _decode(self.content[start : self.ends[index]].tobytes())
+        return decode(self.content[start : self.ends[index]].tobytes())
 
     def save(self, stream: IO[bytes]) -> None:
         """Write as `load` reads it."""
@@ -110,7 +110,7 @@ def read_pictures(
     """
     findings = Findings(where)
     total = sum(_count(path) for path in paths)
-    chosen = _spread(total, limit)
+    chosen = spread(total, limit)
     names: list[str] | None = None
     content, labels, places = [], [], []
     number = 0
@@ -119,7 +119,7 @@ def read_pictures(
         for place, data, label in _records(path, image_field, label_field, findings):
             if chosen is None or number in chosen:
                 try:
-                    _decode(data)
+                    decode(data)
                 except OSError as error:
                     findings.add(place, f"cannot be decoded as an image ({error}).")
                 content.append(np.frombuffer(data, dtype=np.uint8))
@@ -136,12 +136,18 @@ def read_pictures(
     return Pictures(np.concatenate(content), ends, np.array(classed, dtype=np.int64), number)
 
 
-def _spread(total: int, limit: int | None) -> set[int] | None:
+def spread(total: int, limit: int | None) -> set[int] | None:
+    """Which of so many are chosen, `limit` at most, evenly spread over all; None for all."""
     # The first ones alone would be of one class wherever images are sorted by class.
     return None if limit is None or limit >= total else {place * total // limit for place in range(limit)}
 
 
-def _decode(content: bytes) -> Any:
+def decode(content: bytes) -> Any:
+    """The image in a file's content.
+
+    Raises:
+        OSError: where there is none.
+    """
     from PIL import Image
 
     image = Image.open(io.BytesIO(content))

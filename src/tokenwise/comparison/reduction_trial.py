@@ -21,6 +21,7 @@ from tokenwise.files import write_binary, write_text
 from tokenwise.method import Method
 from tokenwise.models import load
 from tokenwise.models.images import ImageInputs, load_classifier
+from tokenwise.models.questions import QuestionInputs, load_vision_language
 from tokenwise.reduction.apply import reduce
 from tokenwise.reduction.base import EncoderReducer, TokenReducer
 from tokenwise.reduction.encoder import EncoderReduction
@@ -178,30 +179,20 @@ def _ask(
     question: str,
     max_new_tokens: int,
 ) -> tuple[list[str], list[Trial]]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     if method.site != "input":
         message = f"{method.card.id!r} works at the site {method.site!r}."
         fix = "Use one for the input of a language model, such as faster_vlm."
         raise InputError(Problem("--method", message, fix))
-    try:
-        processor: Any = AutoProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
-    except Exception as error:  # the processor classes raise errors of many kinds of their own
-        message = f"its processor cannot be used: {' '.join(str(error).split()).rstrip('.')}."
-        raise InputError(Problem("MODEL", message, "Save the processor beside the model.")) from error
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        directory, use_safetensors=True, trust_remote_code=False
-    ).eval()
-    model.to(_device())
-    prompt, remark = _prompt(processor, question)
+    inputs = QuestionInputs(directory, "MODEL")
+    model = load_vision_language(directory).to(_device())
     trials = []
     for path, image in zip(paths, images, strict=True):
-        batch = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
+        batch = inputs(image, question).to(model.device)
         length = batch["input_ids"].shape[1]
 
         def generate(batch: Any = batch, length: int = length) -> str:
             ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-            return str(processor.batch_decode(ids[:, length:], skip_special_tokens=True)[0]).strip()
+            return inputs.text(ids[0, length:])
 
         answers, seconds, handle = _both(model, method, generate, 1)
         assert isinstance(handle, InputReduction)
@@ -212,20 +203,7 @@ def _ask(
         if pixels.dim() == 4 and pixels.shape[0] == 1:
             picture = selection_of(handle.kept[0], before, model, pixels, image)
         trials.append(Trial(path, answers, (before, after), seconds, picture))
-    return [remark], trials
-
-
-def _prompt(processor: Any, question: str) -> tuple[str, str]:
-    """The text with a placeholder for the image, and how it came about."""
-    if getattr(processor, "chat_template", None):
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        prompt = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        return prompt, "The question is written by the processor's chat template."
-    token = getattr(processor, "image_token", "<image>")
-    return (
-        f"{token}\n{question}\n",
-        "The processor has no chat template: the image, then the question on a line of its own.",
-    )
+    return [f"{inputs.described[:1].upper()}{inputs.described[1:]}."], trials
 
 
 def _both(
