@@ -110,7 +110,7 @@ def read_pictures(
     """
     findings = Findings(where)
     total = sum(_count(path) for path in paths)
-    chosen = spread(total, limit)
+    chosen = _spread(total, limit)
     names: list[str] | None = None
     content, labels, places = [], [], []
     number = 0
@@ -136,8 +136,7 @@ def read_pictures(
     return Pictures(np.concatenate(content), ends, np.array(classed, dtype=np.int64), number)
 
 
-def spread(total: int, limit: int | None) -> set[int] | None:
-    """Which of so many are chosen, `limit` at most, evenly spread over all; None for all."""
+def _spread(total: int, limit: int | None) -> set[int] | None:
     # The first ones alone would be of one class wherever images are sorted by class.
     return None if limit is None or limit >= total else {place * total // limit for place in range(limit)}
 

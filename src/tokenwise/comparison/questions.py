@@ -11,7 +11,7 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenwise.comparison.images import decode, spread
+from tokenwise.comparison.images import decode
 from tokenwise.comparison.rows import Findings
 from tokenwise.comparison.sections import shorten
 from tokenwise.documents import read_records
@@ -86,7 +86,7 @@ def read_questions(paths: Sequence[Path], limit: int | None, where: str) -> Ques
     Args:
         paths: JSON lines, or other files of records, with the fields `FIELDS`; images are files, their paths starting
             at the folder of the file that names them.
-        limit: how many at most, evenly spread over all; None for all.
+        limit: how many at most, drawn by chance, the same ones every time; None for all.
         where: the field to name in an error.
 
     Raises:
@@ -94,7 +94,7 @@ def read_questions(paths: Sequence[Path], limit: int | None, where: str) -> Ques
     """
     findings = Findings(where)
     rows = list(_rows(paths, where))
-    chosen = spread(len(rows), limit)
+    chosen = _drawn(len(rows), limit)
     places: dict[Path, int] = {}
     content: list[NDArray[np.uint8]] = []
     image, questions, answers = [], [], []
@@ -105,7 +105,7 @@ def read_questions(paths: Sequence[Path], limit: int | None, where: str) -> Ques
         empty = [name for name in FIELDS if name in row and not (isinstance(row[name], str) and row[name].strip())]
         for name in empty:
             findings.add(place, f"field {name!r} holds {shorten(row[name])}, not text.")
-        if missing or empty or (chosen is not None and number not in chosen):
+        if missing or empty or number not in chosen:
             continue
         file = path.parent / row["image"]
         if file not in places:
@@ -122,6 +122,12 @@ def read_questions(paths: Sequence[Path], limit: int | None, where: str) -> Ques
         raise InputError(problems)
     ends = np.cumsum([len(part) for part in content], dtype=np.int64)
     return Questions(np.concatenate(content), ends, np.array(image, dtype=np.int64), questions, answers, len(rows))
+
+
+def _drawn(total: int, limit: int | None) -> set[int]:
+    # Every nth question would be of one kind wherever kinds take turns.
+    order = np.random.default_rng(0).permutation(total)
+    return set(order[:limit].tolist())
 
 
 def _rows(paths: Sequence[Path], where: str) -> Iterator[tuple[Path, str, dict[str, Any]]]:

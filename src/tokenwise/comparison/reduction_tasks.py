@@ -100,7 +100,7 @@ class QuestionData(Section):
     eval: Files
     """JSON lines, each {"image": ..., "question": ..., "answer": ...}; paths of images start at the file's folder."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
-    """Measure on so many questions at most, evenly spread over all of them."""
+    """Measure on so many questions at most, drawn by chance, the same ones every time."""
 
 
 class ReductionTask(BaseTask):
