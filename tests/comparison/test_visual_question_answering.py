@@ -109,7 +109,7 @@ def test_quality_and_costs_are_those_of_the_reduced_model(compared, label):
 
 
 def test_tokens_that_leave_inside_the_language_model_leave_its_cache(compared):
-    folder, _, results, _, _ = compared
+    _, _, results, _, _ = compared
     costs = of(results, "fast_v").costs
     assert costs.token_share == pytest.approx(0.5)
     assert costs.tokens_after == PATCHES // 4  # all of them in one layer of three
