@@ -104,6 +104,9 @@ def test_no_method_is_named_that_loses_to_chance_elsewhere():
     assert none.sentence == "No method is shown to be better than chance at keep 0.5."
     assert none.points[0].startswith("Keep 0.5: no difference shown to chance (chance_inside 0.5), with inside ahead")
     assert none.points[0].endswith("; chance elsewhere (chance_inside) does better than before.")
+    only = found(130)
+    assert only.sentence == none.sentence
+    assert only.points[0].startswith("Keep 0.5: before is ahead (error")
     one = found(40)
     assert one.sentence == "Use inside at keep 0.5."
     assert one.points[0].endswith("; chance elsewhere (chance_inside) does better than before.")

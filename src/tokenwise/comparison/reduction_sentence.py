@@ -111,9 +111,8 @@ def _at(
     if not proven:
         best = min(finished, key=lambda row: row.quality or 0.0)
         control = f" ({best.control})" if best.control else ""
-        text = (
-            f"no difference shown to chance{control}, with {best.series} ahead ({_price(best, base, decimals)}){lost}"
-        )
+        unproven = "" if best in beaten else f"no difference shown to chance{control}, with "
+        text = f"{unproven}{best.series} {'is ' if best in beaten else ''}ahead ({_price(best, base, decimals)}){lost}"
         return (), (), text
     best = min(proven, key=lambda row: row.quality or 0.0)
     rivals = [row for row in proven if row is not best and not _worse(between(row, best))]

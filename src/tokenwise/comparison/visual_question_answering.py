@@ -95,6 +95,7 @@ class _Asked:
         self, model: Any, inputs: QuestionInputs, questions: Questions, method: TokenReducer, max_new_tokens: int
     ) -> None:
         self.model, self.inputs, self.questions, self.method = model, inputs, questions, method
+        self.layout = vision_language_model(model)
         self._most = max_new_tokens
         # As in generation, where the model knows how: no logits but the last token's.
         takes = inspect.signature(model.forward).parameters
@@ -135,14 +136,14 @@ class _Asked:
         found = self._generate(
             batch,
             len(answer),
-            logits_processor=LogitsProcessorList([_Forced(answer)]),
+            _Forced(answer),
             return_dict_in_generate=True,
             output_logits=True,
         )
         logits = torch.cat(found.logits).float()
         return F.cross_entropy(logits, torch.tensor(answer, device=logits.device), reduction="none").double().tolist()
 
-    def _generate(self, batch: Any, count: int, **options: Any) -> Any:
+    def _generate(self, batch: Any, count: int, *processors: LogitsProcessor, **options: Any) -> Any:
         tokenizer = self.inputs.processor.tokenizer
         own = self.model.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
@@ -152,8 +153,11 @@ class _Asked:
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             eos_token_id=sorted(ends) or None,
+            # An answer holds no images: a placeholder in it would be looked for among the prompt's.
+            suppress_tokens=[getattr(self.model.config, f"{modality}_token_id") for modality in self.layout.modalities],
+            **options,
         )
-        return self.model.generate(**batch, generation_config=greedy, **options)
+        return self.model.generate(**batch, generation_config=greedy, logits_processor=LogitsProcessorList(processors))
 
 
 def _measure(asked: _Asked, progress: Progress) -> tuple[QuestionQuality, list[str]]:
@@ -192,11 +196,10 @@ def _time(asked: _Asked) -> tuple[float, float]:
 
 def _meter(asked: _Asked) -> Costs:
     """Operations, image tokens, their share over the layers, and the cache after a prompt: means over questions."""
-    layout = vision_language_model(asked.model)
     found: list[dict[str, float]] = []
     for index in asked.spread(METERED):
         batch = asked.batch(index)
-        before = int(layout.places(batch["input_ids"]).sum())
+        before = int(asked.layout.places(batch["input_ids"]).sum())
         with asked.reduced() as handle:
             with FlopMeter() as meter:
                 output = asked.prefill(batch)
@@ -249,14 +252,13 @@ def _now(device: torch.device) -> float:
 
 def _example(asked: _Asked, written: list[str]) -> dict[str, list[Any]] | None:
     """A few images and what is kept of each; None where tokens are not a plain grid of patches."""
-    layout = vision_language_model(asked.model)
     drawn = []
     for index in asked.spread(EXAMPLES):
         batch = asked.batch(index)
         pixels = batch.get("pixel_values")
         if pixels is None or pixels.dim() != 4 or pixels.shape[0] != 1:
             continue  # tiles, or patches without a grid
-        before = int(layout.places(batch["input_ids"]).sum())
+        before = int(asked.layout.places(batch["input_ids"]).sum())
         with asked.reduced() as handle:
             asked.prefill(batch)
         picture = selection_of(_kept(handle, before), before, asked.model, pixels, asked.questions.picture(index))
