@@ -85,3 +85,28 @@ def test_the_table_shows_costs_of_one_image():
     assert "per image" in text
     assert "5.00 ms" in text
     assert "- Keep 0.5: tome" in text
+
+
+def test_no_method_is_named_that_loses_to_chance_elsewhere():
+    def found(wrong_inside):
+        results = []
+        for seed in range(3):
+            results += [
+                run("dense", seed, 80, role="baseline"),
+                run("before 0.5", seed, 120, 0.5, control="chance 0.5"),
+                run("inside 0.5", seed, wrong_inside, 0.5, control="chance_inside 0.5"),
+                run("chance 0.5", seed, 200, 0.5, role="control"),
+                run("chance_inside 0.5", seed, 84, 0.5, role="control"),
+            ]
+        return conclude(results, {"baseline": "dense", "seeds": [0, 1, 2], "family": "reduction"})
+
+    none = found(84)
+    assert none.sentence == "No method is shown to be better than chance at keep 0.5."
+    assert none.points[0].startswith("Keep 0.5: no difference shown to chance (chance_inside 0.5), with inside ahead")
+    assert none.points[0].endswith("; chance elsewhere (chance_inside) does better than before.")
+    only = found(130)
+    assert only.sentence == none.sentence
+    assert only.points[0].startswith("Keep 0.5: before is ahead (error")
+    one = found(40)
+    assert one.sentence == "Use inside at keep 0.5."
+    assert one.points[0].endswith("; chance elsewhere (chance_inside) does better than before.")

@@ -197,6 +197,8 @@ def _control(entry: Listed) -> Listed | None:
     control_class = catalog.load_class(method.card.control, entry.where)
     scope = getattr(method, "scope", "token")
     same = {"keep": keep} | ({"scope": scope} if scope != "token" and "scope" in control_class.model_fields else {})
+    if entry.share is not None and {"layer"} & method.model_fields_set & control_class.model_fields.keys():
+        same["layer"] = method.layer  # type: ignore[attr-defined]  # tokens go where the method's do
     where = f"the control of {entry.where}"
     return Listed(where, method.card.control, method=control_class(**same), share=entry.share)
 

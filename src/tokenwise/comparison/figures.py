@@ -71,7 +71,7 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
     beyond = off_scale(conclusion)
     bounds = [value for row in rows if row.label not in beyond for value in (row.lowest, row.highest)]
     frame = _Frame(width, height, x_range, charts.padded([value for value in bounds if value is not None], 0.12), log)
-    per = wording(conclusion.family).per.format(item=conclusion.item)
+    per = wording(conclusion.family, conclusion.item).per.format(item=conclusion.item)
     parts = frame.axes(f"{MEASURES[measure]}{per}{unit}" + ", reference included" * (not per), str(conclusion.measure))
 
     front = pareto_front([(total[row.label], loss[row.label]) for row in rows if row.label not in beyond])

@@ -39,9 +39,11 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(size: float | None) -> str:
-    """``812 MiB``, ``1.42 GiB``."""
+    """``27 KiB``, ``812 MiB``, ``1.42 GiB``."""
     if size is None:
         return NOT_MEASURED
+    if size < 2**20:
+        return f"{size / 2**10:.0f} KiB"
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 

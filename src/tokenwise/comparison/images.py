@@ -46,7 +46,7 @@ class Pictures:
     def image(self, index: int) -> Any:
         """One of them, decoded."""
         start = int(self.ends[index - 1]) if index else 0
-        return _decode(self.content[start : self.ends[index]].tobytes())
+        return decode(self.content[start : self.ends[index]].tobytes())
 
     def save(self, stream: IO[bytes]) -> None:
         """Write as `load` reads it."""
@@ -119,7 +119,7 @@ def read_pictures(
         for place, data, label in _records(path, image_field, label_field, findings):
             if chosen is None or number in chosen:
                 try:
-                    _decode(data)
+                    decode(data)
                 except OSError as error:
                     findings.add(place, f"cannot be decoded as an image ({error}).")
                 content.append(np.frombuffer(data, dtype=np.uint8))
@@ -141,7 +141,12 @@ def _spread(total: int, limit: int | None) -> set[int] | None:
     return None if limit is None or limit >= total else {place * total // limit for place in range(limit)}
 
 
-def _decode(content: bytes) -> Any:
+def decode(content: bytes) -> Any:
+    """The image in a file's content.
+
+    Raises:
+        OSError: where there is none.
+    """
     from PIL import Image
 
     image = Image.open(io.BytesIO(content))

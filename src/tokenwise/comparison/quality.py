@@ -395,6 +395,62 @@ class ImageQuality(Quality):
         return f"{_count(len(self.labels), 'image')} of {self.classes:,} classes"
 
 
+WRONG_ABOUT_IMAGES = _percent(
+    "wrong answers",
+    "The share of questions whose answer, written by the model token by token (always the likeliest one), is not "
+    "exactly the expected one, blanks around it apart.",
+    None,
+)
+ANSWER_LOSS = Measure("answer loss", "nats/token", decimals=3)
+
+
+@dataclass
+class QuestionQuality(Quality):
+    """Answers to questions about images.
+
+    Args:
+        nll: summed negative log-likelihood of each expected answer, in nats.
+        tokens: of each expected answer.
+        correct: whether the answer the model wrote is the expected one.
+    """
+
+    nll: list[float]
+    tokens: list[int]
+    correct: list[bool]
+    kind: Literal["questions"] = "questions"
+
+    item: ClassVar[str] = "question"
+    brief: ClassVar[tuple[Measure, ...]] = (ANSWER_LOSS,)
+
+    @property
+    def measure(self) -> Measure:
+        return WRONG_ABOUT_IMAGES
+
+    def columns(self) -> Array:
+        return np.array([[100.0 * (not right), 1.0] for right in self.correct])
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def identity(self) -> Hashable:
+        return tuple(self.tokens)
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.nll).all())
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        return {
+            EXACT_MATCH: 100 * sum(self.correct) / len(self.correct),
+            ANSWER_LOSS: sum(self.nll) / sum(self.tokens),
+        }
+
+    @property
+    def held_out(self) -> str:
+        return f"{_count(len(self.tokens), 'question')}, {sum(self.tokens):,} answer tokens"
+
+
 UNLEARNING_ERROR = _percent(
     "unlearning error",
     "100% minus the harmonic mean of what was forgotten (1 minus the probability of the answers to forget) and what "
@@ -485,6 +541,7 @@ _KINDS: dict[str, type[Quality]] = {
     "response": ResponseQuality,
     "classes": ClassQuality,
     "images": ImageQuality,
+    "questions": QuestionQuality,
     "unlearning": UnlearningQuality,
 }
 

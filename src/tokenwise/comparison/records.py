@@ -90,6 +90,7 @@ class Costs:
         tokens_before: tokens of one item that enter the encoder.
         tokens_after: those that leave it.
         token_share: share of the tokens that the feed-forward layers work on, averaged over the blocks.
+        cache_bytes: what the keys and values of one item's prompt take, as they are stored.
     """
 
     flops: float | None = None
@@ -105,6 +106,7 @@ class Costs:
     tokens_before: float | None = None
     tokens_after: float | None = None
     token_share: float | None = None
+    cache_bytes: float | None = None
 
 
 @dataclass

@@ -115,7 +115,7 @@ class ReductionPlan:
         if not self._fingerprints:  # large files are hashed once, not once for each job
             self._fingerprints = {
                 "model": fingerprint.of_model(self.task.model.directory),
-                "eval": fingerprint.of_data(self.task.data.eval),
+                "eval": fingerprint.of_data(self.task.sources()),
                 **fingerprint.versions(),
             }
         return self._fingerprints

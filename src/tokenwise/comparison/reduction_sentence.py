@@ -38,7 +38,8 @@ def answer_by_budget(
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Say which method to use at each budget.
 
-    A method is named only when it is shown to be better than its random control. Among several with no difference
+    A method is named only when it is shown to be better than its random control, and no other control of the budget,
+    which drops elsewhere, is shown to be better than it. Among several with no difference
     shown to the best, the cheapest is named where costs tell them apart, else all.
 
     Args:
@@ -63,7 +64,7 @@ def answer_by_budget(
     shares = sorted({row.share for row in rows if row.share is not None and row.label != baseline}, reverse=True)
     parts = []
     for share in shares:
-        here = [row for row in rows if row.share == share and row.role == "candidate"]
+        here = [row for row in rows if row.share == share]
         parts.append(_Part(share, unit, *_at(here, base, between, decimals)))
     if not parts:
         return f"Nothing to choose from: {baseline} is the only method.", (), ()
@@ -93,18 +94,25 @@ def _at(
     decimals: int,
 ) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """At one budget: the labels and the series to use, and why."""
-    finished = [row for row in rows if row.finished and row.verdict not in ("failed", "not finite")]
+    sound = [row for row in rows if row.finished and row.verdict not in ("failed", "not finite")]
+    finished = [row for row in sound if row.role == "candidate"]
     if not finished:
         return (), (), "no run finished"
     losers = [row.series for row in finished if row.versus_control is not None and row.versus_control.above_zero]
     lost = f"; {listing(losers)} {'does' if len(losers) == 1 else 'do'} worse than chance" if losers else ""
     proven = [row for row in finished if row.beats_control]
+    chance = [row for row in sound if row.role == "control"] if len({row.control for row in finished}) > 1 else []
+    better = {row.label: [other.series for other in chance if _worse(between(row, other))] for row in proven}
+    beaten = [row for row in proven if better[row.label]]
+    if beaten:
+        proven = [row for row in proven if row not in beaten]
+        names = listing(list(dict.fromkeys(name for row in beaten for name in better[row.label])))
+        lost += f"; chance elsewhere ({names}) does better than {listing([row.series for row in beaten])}"
     if not proven:
         best = min(finished, key=lambda row: row.quality or 0.0)
         control = f" ({best.control})" if best.control else ""
-        text = (
-            f"no difference shown to chance{control}, with {best.series} ahead ({_price(best, base, decimals)}){lost}"
-        )
+        unproven = "" if best in beaten else f"no difference shown to chance{control}, with "
+        text = f"{unproven}{best.series} {'is ' if best in beaten else ''}ahead ({_price(best, base, decimals)}){lost}"
         return (), (), text
     best = min(proven, key=lambda row: row.quality or 0.0)
     rivals = [row for row in proven if row is not best and not _worse(between(row, best))]

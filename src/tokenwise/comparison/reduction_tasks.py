@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
 
 from tokenwise.comparison.images import Pictures, find_images, read_pictures
-from tokenwise.comparison.sections import Real, Section, Whole, folder_of, shorten
+from tokenwise.comparison.questions import Questions, named_images, read_questions
+from tokenwise.comparison.sections import Files, Real, Section, Whole, folder_of, shorten
 from tokenwise.comparison.task import BaseTask
 from tokenwise.errors import InputError, Problem
 from tokenwise.files import write_binary
@@ -34,12 +36,12 @@ class TrainedModel:
     config: Any
 
 
-def _classifier(value: Any, info: ValidationInfo) -> TrainedModel:
+def _trained(head: load.Head, value: Any, info: ValidationInfo) -> TrainedModel:
     if not isinstance(value, str) or not value:
         fix = "Write a directory or a hub id; it is not trained here, so it must have been."
         raise InputError(Problem("", f"{shorten(value)} is not a model.", fix))
     directory = load.locate(value, folder_of(info), "")
-    config = load.read_config(directory, "", "image")
+    config = load.read_config(directory, "", head)
     load.check_weights(directory, "")
     return TrainedModel(value, directory, config)
 
@@ -92,6 +94,15 @@ class ImageData(Section):
     """Measure on so many images at most, evenly spread over all of them."""
 
 
+class QuestionData(Section):
+    """Where the questions are."""
+
+    eval: Files
+    """JSON lines, each {"image": ..., "question": ..., "answer": ...}; paths of images start at the file's folder."""
+    limit: Annotated[Whole, Field(ge=1)] | None = None
+    """Measure on so many questions at most, drawn by chance, the same ones every time."""
+
+
 class ReductionTask(BaseTask):
     """A trained model is run with fewer tokens."""
 
@@ -109,6 +120,10 @@ class ReductionTask(BaseTask):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """All settings that decide a run's outcome, as plain JSON values."""
+
+    def sources(self) -> list[Path]:
+        """The files and folders whose content decides a result, the model's apart."""
+        return list(self.data.eval)
 
     @abstractmethod
     def prepare(self, path: Path) -> None:
@@ -128,7 +143,7 @@ class ReductionTask(BaseTask):
 
         if not isinstance(method, TokenReducer):
             raise InputError(Problem(where, f"{method.card.id!r} is no token reduction; this task compares these."))
-        if method.site not in cls.sites:
+        if method.site not in cls.sites and method.card.id != "reduction/dense":
             name = cls.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
             message = f"{method.card.id!r} works at the site {method.site!r}; {name} compares those at "
             raise InputError(Problem(where, f"{message}{', '.join(sorted(cls.sites))}."))
@@ -143,7 +158,7 @@ class ImageClassification(ReductionTask):
 
     kind: Literal["image_classification"]
     """The kind of task."""
-    model: Annotated[TrainedModel, PlainValidator(_classifier)]
+    model: Annotated[TrainedModel, PlainValidator(partial(_trained, "image"))]
     """A directory or a hub id of a trained image classifier."""
     data: ImageData
     """{eval: ...}."""
@@ -194,6 +209,69 @@ class ImageClassification(ReductionTask):
                 reduction = EncoderReduction(encoder, method, model=empty)  # type: ignore[arg-type]
                 with reduction:
                     found[name] = reduction.plan(tokens)
+            except InputError as error:
+                found[name] = error
+        return found
+
+
+class VisualQuestionAnswering(ReductionTask):
+    """Questions about images are answered by a trained vision-language model."""
+
+    runs_in: ClassVar[str] = "tokenwise.comparison.visual_question_answering"
+    head: ClassVar[load.Head] = "vision_language"
+    sites: ClassVar[frozenset[str]] = frozenset({"input", "decoder"})
+
+    kind: Literal["visual_question_answering"]
+    """The kind of task."""
+    model: Annotated[TrainedModel, PlainValidator(partial(_trained, "vision_language"))]
+    """A directory or a hub id of a trained vision-language model with its processor."""
+    data: QuestionData
+    """{eval: ...}."""
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = 32
+    """Tokens that an answer may have."""
+
+    @property
+    def described(self) -> str:
+        return f"visual question answering, answers of at most {self.max_new_tokens} tokens"
+
+    def settings(self) -> dict[str, Any]:
+        return {"limit": self.data.limit, "max_new_tokens": self.max_new_tokens}
+
+    def sources(self) -> list[Path]:
+        return [*self.data.eval, *named_images(self.data.eval, "task.data.eval")]
+
+    def prepare(self, path: Path) -> None:
+        if not path.is_file():
+            write_binary(path, read_questions(self.data.eval, self.data.limit, "task.data.eval").save)
+
+    def remark(self, path: Path) -> str:
+        from tokenwise.models.questions import QuestionInputs
+
+        found = Questions.load(path)
+        some = f" of {found.total:,}" if found.total > len(found) else ""
+        return f" ({len(found):,}{some} questions); {QuestionInputs(self.model.directory).described}"
+
+    def plans(self, methods: Mapping[str, Method]) -> dict[str, list[int] | InputError]:
+        from tokenwise.models.questions import QuestionInputs, empty_vision_language
+        from tokenwise.models.vision_language import vision_language_model
+        from tokenwise.reduction.apply import reduce
+        from tokenwise.reduction.decoder import DecoderReduction
+
+        inputs = QuestionInputs(self.model.directory, "task.model")
+        from PIL import Image  # the line above says what to install where it is missing
+
+        empty = empty_vision_language(self.model.config)
+        batch = inputs(Image.new("RGB", (64, 64)), "What is this?")
+        tokens = int(vision_language_model(empty).places(batch["input_ids"]).sum())
+        found: dict[str, list[int] | InputError] = {}
+        for name, method in methods.items():
+            try:
+                # At the input the number may follow the image, and is the same for all layers.
+                found[name] = [tokens]
+                if method.card.id != "reduction/dense":
+                    with reduce(empty, method) as reduction:  # type: ignore[arg-type]
+                        if isinstance(reduction, DecoderReduction):
+                            found[name] = reduction.plan(tokens, batch["input_ids"].shape[1])
             except InputError as error:
                 found[name] = error
         return found

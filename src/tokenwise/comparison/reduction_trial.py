@@ -22,6 +22,7 @@ from tokenwise.files import write_binary, write_text
 from tokenwise.method import Method
 from tokenwise.models import load
 from tokenwise.models.images import ImageInputs, load_classifier
+from tokenwise.models.questions import QuestionInputs, load_vision_language
 from tokenwise.reduction.apply import reduce
 from tokenwise.reduction.base import EncoderReducer, TokenReducer
 from tokenwise.reduction.decoder import DecoderReduction
@@ -184,33 +185,20 @@ def _ask(
     question: str,
     max_new_tokens: int,
 ) -> tuple[list[str], list[Trial]]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     if method.site == "encoder":
         message = f"{method.card.id!r} works at the site {method.site!r}, and the language model needs every patch."
         fix = "Use one for its input or its layers, such as faster_vlm or fast_v."
         raise InputError(Problem("--method", message, fix))
-    if not any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        fix = "Save the processor beside the model: processor.save_pretrained(...)."
-        raise InputError(Problem("MODEL", f"{str(directory)!r} has no processor, which makes tokens of images.", fix))
-    try:
-        processor: Any = AutoProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
-    except Exception as error:  # the processor classes raise errors of many kinds of their own
-        message = f"its processor cannot be used: {' '.join(str(error).split()).rstrip('.')}."
-        raise InputError(Problem("MODEL", message, "Save the processor beside the model.")) from error
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        directory, use_safetensors=True, trust_remote_code=False
-    ).eval()
-    model.to(_device())
-    prompt, remark = _prompt(processor, question)
+    inputs = QuestionInputs(directory, "MODEL")
+    model = load_vision_language(directory).to(_device())
     trials = []
     for path, image in zip(paths, images, strict=True):
-        batch = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
+        batch = inputs(image, question).to(model.device)
         length = batch["input_ids"].shape[1]
 
         def generate(batch: Any = batch, length: int = length) -> str:
             ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-            return str(processor.batch_decode(ids[:, length:], skip_special_tokens=True)[0]).strip()
+            return inputs.text(ids[0, length:])
 
         answers, seconds, handle = _both(model, method, generate, 1)
         inside = _inside(handle) if isinstance(handle, DecoderReduction) else ()
@@ -225,7 +213,10 @@ def _ask(
         if pixels.dim() == 4 and pixels.shape[0] == 1:
             picture = selection_of(handle.kept[0], before, model, pixels, image)
         trials.append(Trial(path, answers, (before, after), seconds, picture, inside))
-    remarks = [remark, "Time is that of the whole answer: a longer one takes longer."]
+    remarks = [
+        f"{inputs.described[:1].upper()}{inputs.described[1:]}.",
+        "Time is that of the whole answer: a longer one takes longer.",
+    ]
     if method.site == "decoder":
         remarks.append("A picture shows what the last layer still worked on; the layers before it saw more.")
     return remarks, trials
@@ -248,19 +239,6 @@ def _inside(handle: DecoderReduction) -> tuple[tuple[str, str, str], ...]:
 
 def _percent(share: float) -> str:
     return f"{plain(100 * share, 0)}%"
-
-
-def _prompt(processor: Any, question: str) -> tuple[str, str]:
-    """The text with a placeholder for the image, and how it came about."""
-    if getattr(processor, "chat_template", None):
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        prompt = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        return prompt, "The question is written by the processor's chat template."
-    token = getattr(processor, "image_token", "<image>")
-    return (
-        f"{token}\n{question}\n",
-        "The processor has no chat template: the image, then the question on a line of its own.",
-    )
 
 
 def _both(

@@ -50,7 +50,7 @@ def write_report(
         lstrip_blocks=True,
     )
     styles = _styles(conclusion)
-    words = wording(conclusion.family)
+    words = wording(conclusion.family, conclusion.item)
 
     def say(text: str) -> str:
         labels = "labels" if conclusion.measure.unit == "nats/token" else "tokens"

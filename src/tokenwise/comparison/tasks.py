@@ -20,7 +20,7 @@ from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 
 from tokenwise.comparison import data as blocks_of
 from tokenwise.comparison.chat import read_responses
-from tokenwise.comparison.reduction_tasks import ImageClassification
+from tokenwise.comparison.reduction_tasks import ImageClassification, VisualQuestionAnswering
 from tokenwise.comparison.rows import Answers, Examples, Findings, Ragged, Responses
 from tokenwise.comparison.sections import Files, Model, Section, Training, Whole, nested, shorten
 from tokenwise.comparison.task import BaseTask
@@ -569,6 +569,7 @@ TASKS: dict[str, type[BaseTask]] = {
     "classification": Classification,
     "unlearning": Unlearning,
     "image_classification": ImageClassification,
+    "visual_question_answering": VisualQuestionAnswering,
 }
 """Every kind of task; the one place that lists them."""
 

@@ -41,11 +41,18 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     per = f"\nper {conclusion.item}" if reduction else ""
     table.add_column(f"FLOPs{per}", justify="right", no_wrap=True)
     table.add_column(f"time{per}", justify="right", no_wrap=True)
-    if wide:
+    cached = any(row.costs.cache_bytes is not None for row in conclusion.rows)
+    if wide and cached:
+        table.add_column("tokens\ncache", justify="right", no_wrap=True)
+    elif wide:
         table.add_column("tokens\nat end" if reduction else "memory", justify="right", no_wrap=True)
         table.add_column("scoring" if reduction else "runs", justify="right", no_wrap=True)
     for row in conclusion.rows:
-        last = (_tokens(row), _scoring(row)) if reduction else (_memory(row), f"{len(row.finished)}/{row.planned}")
+        last: tuple[str, ...] = (_memory(row), f"{len(row.finished)}/{row.planned}")
+        if cached:
+            last = (f"{_tokens(row)}\n{_cache(row)}",)
+        elif reduction:
+            last = (_tokens(row), _scoring(row))
         table.add_row(
             Text(row.label, style="bold" if row.label in conclusion.chosen else ""),
             _quality(row, conclusion, spread=wide),
@@ -115,6 +122,10 @@ def _memory(row: Row) -> str:
 
 def _tokens(row: Row) -> str:
     return "–" if row.costs.tokens_after is None else plain(row.costs.tokens_after, 0)
+
+
+def _cache(row: Row) -> str:
+    return "–" if row.costs.cache_bytes is None else memory(row.costs.cache_bytes)
 
 
 def _scoring(row: Row) -> str:

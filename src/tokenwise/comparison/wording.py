@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenwise.comparison.formatting import amount, duration, memory, plain, ratio
+from tokenwise.comparison.quality import QuestionQuality
 
 
 def _tokens(value: float | None) -> str:
@@ -156,9 +157,52 @@ REDUCTION = Wording(
 )
 
 
-def wording(family: str) -> Wording:
-    """The words for a family of methods."""
-    return REDUCTION if family == "reduction" else TRAINING
+ASKING = replace(
+    REDUCTION,
+    columns=(
+        Column("flops", "FLOPs", amount, relative="relative_flops"),
+        Column("wall_seconds", "Time", duration, relative="relative_seconds"),
+        Column(
+            "tokens_after",
+            "Image tokens left",
+            _tokens,
+            below=("token_share", lambda value: f"{_percent(value)} kept"),
+        ),
+        Column("cache_bytes", "Key-value cache", memory, adds=False),
+        _MEMORY,
+    ),
+    terms=(
+        (
+            "FLOPs",
+            "Of reading one prompt, image and question, the vision tower included: matrix products, convolutions and "
+            "attention as they are counted while the model runs, the method's own among them, a multiply-add as two. "
+            'Writing the answer is not counted. "=" is a multiple of {baseline}\'s.',
+        ),
+        (
+            "Time",
+            "Of reading one prompt: the median over questions. Every prompt goes through the method and the dense "
+            "model one right after the other, in alternating order, after warming up; times are scaled so that the "
+            "dense model takes as long in every run as in {baseline}'s. Preparing images and writing the answer are "
+            "not counted.",
+        ),
+        (
+            "Tokens, cache, memory",
+            "Left: image tokens that the last layer of the language model works on. Kept: their share of all, "
+            "averaged over its layers. The key-value cache is what holds the keys and values of one prompt, as "
+            "they are stored. Memory is the high-water mark of the process while the model answers, its weights "
+            "and libraries included.",
+        ),
+    ),
+    unmeasured="several questions at once, the time of writing answers, energy, and quality in any other respect than "
+    "the columns above. The front is of means and carries no test.",
+)
+
+
+def wording(family: str, item: str) -> Wording:
+    """The words for a family of methods, measured on items of some kind."""
+    if family == "reduction":
+        return ASKING if item == QuestionQuality.item else REDUCTION
+    return TRAINING
 
 
 def multiple(value: float | None) -> str:

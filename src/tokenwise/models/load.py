@@ -19,8 +19,9 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 256 + len((EOS, PAD))
 """Of a byte-level tokenizer: every byte and the special tokens."""
 
-Head = Literal["causal", "classification", "image"]
-"""What a model ends with: the prediction of the next token, or a choice between classes of texts or of images."""
+Head = Literal["causal", "classification", "image", "vision_language"]
+"""What a model ends with: the prediction of the next token, in a ``vision_language`` model with images before it, or a
+choice between classes of texts or of images."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -418,6 +419,13 @@ def _check_model_type(
             fix = nearest(str(model_type), IMAGES, "Use one such as vit, deit, dinov2 or siglip.")
             raise InputError(Problem(field, f"there is no image classifier of model type {model_type!r}.", fix))
         return
+    if head == "vision_language":
+        from tokenwise.models.vision_language import LAYOUTS
+
+        if model_type not in LAYOUTS:
+            fix = f"Known are {', '.join(LAYOUTS)}."
+            raise InputError(Problem(field, f"{model_type!r} is no vision-language model known here.", fix))
+        return
     if head == "classification":
         if not isinstance(model_type, str) or model_type not in CLASSIFY:
             fix = nearest(str(model_type), CLASSIFY, "Write one such as bert, roberta, modernbert or llama.")
@@ -435,7 +443,7 @@ def _check_model_type(
 def _check_direction(config: PreTrainedConfig, field: str, head: Head) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    if head == "image":
+    if head in ("image", "vision_language"):
         return
     if head == "classification":
         if config.is_encoder_decoder:

@@ -147,7 +147,7 @@ class MixtureOfDepths(DecoderReduction):
             raise InputError(Problem("path", message, "Give the model and the ratios they were trained with."))
         self.routers.load_state_dict(found)
 
-    def plan(self, candidates: int) -> list[int]:
+    def plan(self, candidates: int, tokens: int) -> list[int]:
         return self.method.counts(candidates, len(self.decoder.layers))
 
     def _see_added(self, index: int) -> Any:
