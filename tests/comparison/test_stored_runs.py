@@ -166,7 +166,7 @@ def test_a_name_for_scores_and_what_does_not_fit(folder, tmp_path):
         assert expected in problems(plan_of(folder, LANGUAGE, "excess_loss", others), tmp_path / "out")
 
 
-def test_scores_do_not_serve_a_method_that_compares_distributions(folder, tmp_path):
+def test_scores_of_labels_do_not_serve_a_method_that_compares_distributions(folder, tmp_path):
     tw.scores.score(str(folder / "reference"), [[1, 2, 3]], tmp_path / "scores")
     for method in ({"npo": {"retain": "kl"}}, {"undial": {}}):
         [(name, fields)] = method.items()
@@ -174,6 +174,11 @@ def test_scores_do_not_serve_a_method_that_compares_distributions(folder, tmp_pa
         found = problems(write_plan(folder, UNLEARNING, [spec]), tmp_path / "out")
         assert f"methods[0].{name}.reference: the " in found
         assert "compares the distributions over all tokens" in found
+        assert "Score with --statistics logp,top_k, or name a model." in found
+    tw.scores.score(str(folder / "reference"), [[1, 2, 3]], tmp_path / "top", statistics=("logp", "top_k"))
+    spec = {"npo": {"retain": "kl", "reference": str(tmp_path / "top")}}
+    found = problems(write_plan(folder, UNLEARNING, [spec]), tmp_path / "out")
+    assert "compares the distributions" not in found  # what is wrong are its rows alone
 
 
 def test_scoring_a_plan_takes_no_other_options(folder, tmp_path, capsys):

@@ -14,6 +14,8 @@ from tokenwise.models.load import load_model, train_tokenizer
 from tokenwise.models.reference import ReferenceModel
 from tokenwise.scores import StoredReference
 from tokenwise.scores.reference import open_reference
+from tokenwise.signals.logit_losses import divergence_from
+from tokenwise.weighting.logit_objective import Likeliest
 
 LENGTHS = (12, 7, 9, 12)
 FP16 = {"rtol": 2**-11, "atol": 2e-5}
@@ -160,3 +162,57 @@ def test_the_tokenizer_of_a_trainer_is_checked(reference_directory, tmp_path):
         pass
     with pytest.raises(InputError, match=r"reference: the scores in .* were made with another tokenizer"):
         tw.weigh(Trainer(model, arguments, train_dataset=data, processing_class=other), method)
+
+
+def gradients(model, method, batch):
+    trained = copy.deepcopy(model).double()
+    with tw.weigh(trained, method):
+        loss = trained.train()(**batch).loss
+        loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trained.parameters()])
+
+
+@pytest.mark.parametrize("name", ["npo", "undial", "asft"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_divergences_from_stored_tokens(name, side, reference_directory, tiny_llama, rows, tmp_path):
+    """All tokens stored is the reference itself; fewer is the divergence with all others counted as one."""
+
+    def method(reference):
+        made = {
+            "npo": lambda: tw.NPO(reference=reference, retain="kl"),
+            "undial": lambda: tw.UNDIAL(reference=reference),
+            "asft": lambda: tw.ASFT(reference=reference),
+        }
+        return made[name]()
+
+    batch = padded(rows, side)
+    if name != "asft":
+        batch["forget"] = torch.tensor([1, 0, 1, 0])[:, None].expand_as(batch["labels"])
+    for count in (64, 8):
+        given = {"statistics": ("logp", "top_k"), "top_k": count}
+        tw.scores.score(reference_directory, [row.tolist() for row in rows], tmp_path / str(count), **given)
+    loss, expected = gradients(tiny_llama, method(reference_directory), batch)
+    whole, found = gradients(tiny_llama, method(str(tmp_path / "64")), batch)
+    assert whole == pytest.approx(loss, rel=2e-3)
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    _, part = gradients(tiny_llama, method(str(tmp_path / "8")), batch)
+    assert 2e-3 * expected.norm() < (part - expected).norm() < expected.norm()
+
+
+def test_what_is_not_stored_counts_as_one_token():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    theirs = torch.randn(5, 11, generator=generator, dtype=torch.float64).log_softmax(1)
+    logp, ids = theirs.topk(3)
+    completed = Likeliest(ids, logp).complete(logits.detach(), slice(None))
+    assert torch.allclose(completed.exp().sum(1), torch.ones(5, dtype=torch.float64))
+    value, slope = divergence_from(logits.detach(), completed)
+
+    def grouped(log_probabilities):
+        rest = 1 - log_probabilities.gather(1, ids).exp().sum(1, keepdim=True)
+        return torch.cat([log_probabilities.gather(1, ids), rest.log()], 1)
+
+    reference, current = grouped(theirs), grouped(logits.log_softmax(1))
+    expected = (reference.exp() * (reference - current)).sum(1)
+    assert torch.allclose(value, expected)
+    assert torch.allclose(slope, torch.autograd.grad(expected.sum(), logits)[0])

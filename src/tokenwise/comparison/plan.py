@@ -342,7 +342,7 @@ def read_plan(path: Path | str) -> Plan | ReductionPlan:
         named = references.get(str(reference_of(entry)))
         if entry.method is not None and named is not None and named.scores is not None:
             with collect(problems):
-                check_method(entry.method, f"{entry.where}.{next(iter(entry.spec))}.reference")
+                check_method(entry.method, named.scores, f"{entry.where}.{next(iter(entry.spec))}.reference")
     entries = make_entries(listed, values.get("baseline", kind.baseline), problems, kind)
     if problems or task is None or budget is None:
         raise InputError(problems)

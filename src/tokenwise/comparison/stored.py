@@ -52,8 +52,8 @@ def check_fits(scores: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int
         raise InputError(Problem(where, message, fix))
 
 
-def check_method(method: Method, where: str) -> None:
-    """Check that the method can do with the losses of labels that scores hold.
+def check_method(method: Method, scores: Path, where: str) -> None:
+    """Check that the method can do with what the scores hold.
 
     Raises:
         InputError: when it needs the reference model itself.
@@ -61,7 +61,7 @@ def check_method(method: Method, where: str) -> None:
     from tokenwise.weighting.objective import Objective
 
     if isinstance(method, Objective):
-        method.check_stored(where)
+        method.check_stored(Manifest.read(scores, where).columns, where)
 
 
 def check_rows(scores: Path, rows: Iterable[NDArray[np.int32]], where: str, plan: Path) -> None:

@@ -65,12 +65,32 @@ class StoredReference:
         Raises:
             InputError: when a row of the batch is not in the store, or a label has no stored prediction.
         """
+        return self._predicted(("nll",), rows, labels, input_ids, args, inputs)[0]
+
+    def likeliest(
+        self, rows: Tensor, labels: Tensor, input_ids: Tensor | None = None, *args: Any, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens in the place of each label, int64, and their log-probabilities in nats: [tokens, top_k]
+        each. As `nll` otherwise; the store has the statistic ``top_k``."""
+        ids, logp = self._predicted(("top_ids", "top_logp"), rows, labels, input_ids, args, inputs)
+        return ids, logp
+
+    def _predicted(
+        self,
+        names: tuple[str, ...],
+        rows: Tensor,
+        labels: Tensor,
+        input_ids: Tensor | None,
+        args: tuple[Any, ...],
+        inputs: dict[str, Any],
+    ) -> list[Tensor]:
+        """Columns of the store for the predictions at `rows`."""
         mask, positions = inputs.get("attention_mask", args[0] if args else None), inputs.get("position_ids")
         if input_ids is None:
             message = "is missing from the batch; stored scores are found by the token ids."
             raise InputError(Problem("input_ids", message, "Use a reference model for a batch of embeddings."))
         ids = as_array(input_ids)
-        found, predicted = self.store.aligned(ids, as_batch(mask, ids), as_batch(positions, ids), ["nll"])
+        found, predicted = self.store.aligned(ids, as_batch(mask, ids), as_batch(positions, ids), names)
         # The label predicted at a position is the token after it.
         at = rows.cpu() + 1
         inside = at % ids.shape[1] != 0
@@ -83,4 +103,4 @@ class StoredReference:
             message += " before them (only padding or another packed row), or another token in their place."
             fix = "Mask the first label of every row with -100 or pad on the right; let labels equal input_ids."
             raise InputError(Problem("labels", message, fix))
-        return found["nll"].reshape(-1)[at].to(labels.device)
+        return [found[name].flatten(0, 1)[at].to(labels.device) for name in names]

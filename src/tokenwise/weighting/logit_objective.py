@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,36 @@ from tokenwise.weighting.head_gradients import HeadGradients, MadeInForward
 
 States = tuple[Tensor, OutputHead]
 """Hidden states [positions, hidden] and the head that reads them."""
+
+
+@dataclass
+class Likeliest:
+    """What is known of a reference's distributions: its likeliest tokens.
+
+    Args:
+        ids: [tokens, top_k], int64.
+        logp: their log-probabilities in nats, [tokens, top_k].
+    """
+
+    ids: Tensor
+    logp: Tensor
+
+    def complete(self, logits: Tensor, part: slice) -> Tensor:
+        """Log-probabilities of some rows over the whole vocabulary, [rows, vocabulary]: the known ones, and what is
+        left of the probability spread as the current model spreads it. A divergence from them is that of what is
+        known, all other tokens counted as one.
+
+        Args:
+            logits: of the current model, [rows, vocabulary]; left as they are.
+            part: which rows.
+        """
+        ids, logp = self.ids[part], self.logp[part].to(logits)
+        smallest = torch.finfo(logits.dtype).tiny
+        current = logits.log_softmax(1)
+        others = 1 - current.gather(1, ids).exp().sum(1, keepdim=True)
+        rest = 1 - logp.exp().sum(1, keepdim=True)
+        current += rest.clamp_min(smallest).log() - others.clamp_min(smallest).log()
+        return current.scatter_(1, ids, logp)
 
 
 class LogitObjective(ABC):
@@ -39,7 +70,7 @@ def logit_sum(
     rows: Tensor,
     batch: TokenBatch,
     objective: LogitObjective,
-    reference: States | None = None,
+    reference: States | Likeliest | None = None,
     *,
     low_memory: bool = False,
 ) -> Tensor:
@@ -51,7 +82,8 @@ def logit_sum(
         rows: position of each labelled token, [tokens], int64, rising.
         batch: these tokens.
         objective: the loss.
-        reference: hidden states of the reference model at the same positions, and its head.
+        reference: hidden states of the reference model at the same positions, and its head; or its likeliest tokens in
+            the place of each of `rows`.
         low_memory: use tiles of a third of the size, and no second copy of the weight's gradient.
 
     Returns:
@@ -76,7 +108,7 @@ class _LogitSum(MadeInForward):
         rows: Tensor,
         batch: TokenBatch,
         objective: LogitObjective,
-        reference: States | None,
+        reference: States | Likeliest | None,
         low_memory: bool,
         wants_gradients: bool,
     ) -> Tensor:
@@ -84,11 +116,11 @@ class _LogitSum(MadeInForward):
         wide = torch.promote_types(dtype, torch.float32)
         device, count = hidden.device, rows.shape[0]
         factors = weight.detach().to(dtype)
-        theirs = None if reference is None else reference[1].weight.detach().to(dtype)
+        theirs = reference[1].weight.detach().to(dtype) if isinstance(reference, tuple) else None
 
         size = min(tile_rows(head.vocabulary, low_memory), count)
         tile = torch.empty(size, head.vocabulary, dtype=wide, device=device)
-        reference_tile = None if reference is None else torch.empty_like(tile)
+        reference_tile = torch.empty_like(tile) if isinstance(reference, tuple) else None
         total = torch.zeros((), dtype=wide, device=device)
         wanted = [wants_gradients and needed for needed in ctx.needs_input_grad[:3]]
         gradients = HeadGradients(wanted, hidden, weight, bias, rows, factors=factors, tile=tile, low_memory=low_memory)
@@ -98,7 +130,9 @@ class _LogitSum(MadeInForward):
                 chosen = hidden.index_select(0, rows[part]).to(dtype)
                 logits = head.tile_of_logits(chosen, factors, tile[: chosen.shape[0]])
                 reference_logits = None
-                if reference is not None:
+                if isinstance(reference, Likeliest):
+                    reference_logits = reference.complete(logits, part)
+                elif reference is not None:
                     states, reference_head = reference
                     seen = states.index_select(0, rows[part]).to(dtype)
                     assert theirs is not None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -20,7 +19,7 @@ from tokenwise.models.head import last_hidden, output_head
 from tokenwise.signals.head import IGNORED, token_statistics
 from tokenwise.weighting.base import TokenBatch
 from tokenwise.weighting.forward import COLUMNS, sequence_ids, shifted
-from tokenwise.weighting.logit_objective import LogitObjective, States, logit_sum
+from tokenwise.weighting.logit_objective import Likeliest, LogitObjective, States, logit_sum
 from tokenwise.weighting.loss import Pointwise, weighted_sum
 from tokenwise.weighting.weighing import Weighing
 
@@ -29,8 +28,28 @@ if TYPE_CHECKING:
 
     from tokenwise.scores import StoredReference
 
-StoredLosses = Callable[[Tensor, Tensor], Tensor]
-"""Losses of a batch's labels from a store, given their rows and the labels."""
+
+@dataclass
+class StoredBatch:
+    """What a store of token scores has of one batch.
+
+    Args:
+        reference: the store.
+        args, inputs: the backbone's inputs.
+    """
+
+    reference: StoredReference
+    args: tuple[Any, ...]
+    inputs: dict[str, Any]
+
+    def losses(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Losses of the labels at `rows` of the flattened batch, in nats: [labels]."""
+        return self.reference.nll(rows, labels, *self.args, **self.inputs)
+
+    def likeliest(self, rows: Tensor, labels: Tensor) -> Likeliest:
+        """The likeliest tokens in the place of the labels at `rows`."""
+        return Likeliest(*self.reference.likeliest(rows, labels, *self.args, **self.inputs))
+
 
 REFERENCE_COLUMN = "reference_nll"
 """As the name of a reference: its losses come with the data, in the column of this name."""
@@ -86,17 +105,23 @@ class Objective(Method):
         """Whether a term reads a reference model, and its losses do not come with the data."""
         return any(term.reference for term in self.terms()) and getattr(self, "reference", None) != REFERENCE_COLUMN
 
-    def check_stored(self, field: str = "reference") -> None:
-        """Refuse a folder of token scores as the reference of a term that compares whole distributions.
+    def check_stored(self, columns: Collection[str], field: str = "reference") -> None:
+        """Refuse a folder of token scores as the reference of a term that compares distributions where the scores are
+        of the labels alone.
+
+        Args:
+            columns: what the scores hold.
+            field: the field to name in an error.
 
         Raises:
             InputError: naming `field` and the term.
         """
         for term in self.terms():
-            if term.reference and isinstance(term.loss, LogitObjective):
+            if term.reference and isinstance(term.loss, LogitObjective) and "top_ids" not in columns:
                 message = f"the {term.name} term of {type(self).__name__} compares the distributions over all tokens, "
-                message += "and token scores have the probabilities of the labels alone."
-                raise InputError(Problem(field, message, "Name a model, or leave reference out where that is allowed."))
+                message += "and these token scores have the probabilities of the labels alone."
+                fix = "Score with --statistics logp,top_k, or name a model."
+                raise InputError(Problem(field, message, fix))
 
 
 def load_frozen(
@@ -119,8 +144,9 @@ def load_frozen(
         from tokenwise.scores.reference import StoredReference
 
         if is_store(path):
-            method.check_stored()
-            return StoredReference(path, model, tokenizer)
+            stored = StoredReference(path, model, tokenizer)
+            method.check_stored(stored.store.columns)
+            return stored
     return FrozenStates(path, target, model)
 
 
@@ -204,11 +230,11 @@ class ObjectiveForward:
             self.observe(found)
         return CausalLMOutputWithPast(loss=cast(Any, total))
 
-    def frozen(self, *args: Any, **inputs: Any) -> States | StoredLosses | None:
+    def frozen(self, *args: Any, **inputs: Any) -> States | StoredBatch | None:
         """What the reference makes of a batch of the backbone's inputs; None without a reference."""
         if self.reference is not None and hasattr(self.reference, "states"):
             return self.reference.states(*args, **inputs)
-        return None if self.reference is None else partial(_stored_losses, self.reference, args, inputs)
+        return None if self.reference is None else StoredBatch(self.reference, args, inputs)
 
     def tokens(
         self, term: Term, targets: Tensor, columns: Mapping[str, Tensor], position_ids: Tensor | None = None
@@ -256,12 +282,12 @@ class ObjectiveForward:
         columns: Mapping[str, Tensor],
         rows: Tensor,
         batch: TokenBatch,
-        frozen: States | StoredLosses | None,
+        frozen: States | StoredBatch | None,
     ) -> Tensor:
         """The sum of a term's losses over one micro-batch, with gradient."""
         head = output_head(self.model)
         if isinstance(term.loss, LogitObjective):
-            reference = frozen if term.reference and isinstance(frozen, tuple) else None
+            reference = distributions(frozen, rows, batch.labels) if term.reference else None
             return logit_sum(hidden, head, rows, batch, term.loss, reference, low_memory=self.low_memory)
         if term.reference:
             batch.reference_nll = self.reference_nll(columns, rows, batch.labels, frozen)
@@ -275,15 +301,15 @@ class ObjectiveForward:
         return values.sum().to(linear) + (linear - linear.detach())
 
     def reference_nll(
-        self, columns: Mapping[str, Tensor], rows: Tensor, labels: Tensor, frozen: States | StoredLosses | None
+        self, columns: Mapping[str, Tensor], rows: Tensor, labels: Tensor, frozen: States | StoredBatch | None
     ) -> Tensor:
         """Losses of labels under the reference, from its states, stored losses or the data's column, in nats: [labels].
 
         Raises:
             InputError: when there is none of them.
         """
-        if callable(frozen):
-            return frozen(rows, labels)
+        if isinstance(frozen, StoredBatch):
+            return frozen.losses(rows, labels)
         if frozen is not None:
             return token_statistics(frozen[0], frozen[1], labels, rows=rows, low_memory=self.low_memory).nll
         if REFERENCE_COLUMN not in columns:
@@ -330,10 +356,9 @@ def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
     return targets
 
 
-def _stored_losses(
-    reference: StoredReference, args: tuple[Any, ...], inputs: dict[str, Any], rows: Tensor, labels: Tensor
-) -> Tensor:
-    return reference.nll(rows, labels, *args, **inputs)
+def distributions(frozen: States | StoredBatch | None, rows: Tensor, labels: Tensor) -> States | Likeliest | None:
+    """What is known of the reference's distributions in the place of labels at `rows` of the flattened batch."""
+    return frozen.likeliest(rows, labels) if isinstance(frozen, StoredBatch) else frozen
 
 
 def _sequences(sequence: Tensor) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 from tokenwise.models.head import last_hidden, output_head
 from tokenwise.signals.head import IGNORED, OutputHead, row_tiles, tile_rows, token_statistics
 from tokenwise.weighting.base import TokenBatch
-from tokenwise.weighting.logit_objective import LogitObjective, States
-from tokenwise.weighting.objective import ObjectiveForward, Term
+from tokenwise.weighting.logit_objective import Likeliest, LogitObjective, States
+from tokenwise.weighting.objective import ObjectiveForward, StoredBatch, Term, distributions
 
 Quantity = Literal["weight", "factor", "gradient"]
 """What the number of a token is. ``weight``: what its loss is multiplied by, at least 0. ``factor``: the signed factor
@@ -89,7 +89,7 @@ def objective_weights(
         return Found(
             "gradient",
             rows,
-            _signed_norms(parts, hidden, head, flat[rows], rows, frozen if isinstance(frozen, tuple) else None),
+            _signed_norms(parts, hidden, head, flat[rows], rows, frozen),
             nll,
         )
     weights = torch.zeros_like(nll)
@@ -100,7 +100,12 @@ def objective_weights(
 
 
 def _signed_norms(
-    parts: list[_Part], hidden: Tensor, head: OutputHead, labels: Tensor, rows: Tensor, frozen: States | None
+    parts: list[_Part],
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    rows: Tensor,
+    frozen: States | StoredBatch | None,
 ) -> Tensor:
     """Norm of the gradient at the logits of each label, negative where the label's own logit is lowered: [labels]."""
     found = []
@@ -115,7 +120,13 @@ def _signed_norms(
                 seen = TokenBatch(
                     batch.labels[start:stop], batch.sequence[start:stop], batch.sequences, step=batch.step
                 )
-                before = _logits(frozen, rows[places]) if part.term.reference and frozen is not None else None
+                before = None
+                if part.term.reference and frozen is not None:
+                    known = distributions(frozen, rows[places], seen.labels)
+                    if isinstance(known, Likeliest):
+                        before = known.complete(own, slice(None))
+                    elif known is not None:
+                        before = _logits(known, rows[places])
                 gradient = part.term.loss.tile(own, seen, before)[1]
             else:
                 assert part.slopes is not None
