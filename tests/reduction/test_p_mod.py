@@ -8,6 +8,7 @@ import torch
 import transformers
 from small_models import llama, llava, pictures, vision
 from small_vision_language import IMAGE, KINDS, ROWS, VIDEO, batch_for, vision_language
+from test_decoder import pictured
 from torch import nn
 
 from tokenwise.errors import InputError
@@ -16,20 +17,6 @@ from tokenwise.reduction import MixtureOfDepths, mixture_ratios
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/p_mod.json").read_text())
 RATIOS = {1: 0.6, 2: 0.3, 3: 0.15}
-
-
-def prompt(padding=None):
-    """Rows of one and of two images, padded on one side or not."""
-    ids = torch.randint(1, 90, (2, 40), generator=torch.Generator().manual_seed(1))
-    ids[0, 18:34] = IMAGE
-    ids[1, 2:18] = IMAGE
-    ids[1, 20:36] = IMAGE
-    mask = torch.ones_like(ids)
-    if padding == "left":
-        mask[0, :15] = 0
-    if padding == "right":
-        ids[0], mask[0, -15:] = ids[0].roll(-15), 0
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures(3)}
 
 
 def train(handle):
@@ -117,7 +104,7 @@ def test_the_official_layer():
 @torch.no_grad()
 def test_the_layers_by_hand():
     model = llava(layers=4).double()
-    inputs = prompt()
+    inputs = pictured()
     one = {name: value[:1] for name, value in inputs.items()} | {"pixel_values": inputs["pixel_values"][:1].double()}
     image = (one["input_ids"][0] == IMAGE).nonzero()[:, 0]
     language = model.model.language_model
@@ -144,7 +131,7 @@ def test_the_layers_by_hand():
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @torch.no_grad()
 def test_with_full_ratios_and_routers_of_zero_it_is_dense_to_the_bit(padding):
-    model, inputs = llava(layers=4), prompt(padding)
+    model, inputs = llava(layers=4), pictured(padding)
     dense, _ = read_and_continue(model, inputs)
     with MixtureOfDepths(model, dict.fromkeys(range(4), 1.0)) as handle:
         found, cache = read_and_continue(model, inputs)
@@ -159,7 +146,7 @@ def test_with_full_ratios_and_routers_of_zero_it_is_dense_to_the_bit(padding):
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @torch.no_grad()
 def test_skipping_equals_hiding_and_rows_are_as_alone(padding):
-    model, inputs = llava(layers=4), prompt(padding)
+    model, inputs = llava(layers=4), pictured(padding)
     real = inputs["attention_mask"].bool()
     dense, _ = read_and_continue(model, inputs)
     with train(MixtureOfDepths(model, RATIOS)):
@@ -215,7 +202,7 @@ def test_every_vision_language_model(kind):
 
 @torch.no_grad()
 def test_beams_a_second_turn_and_short_floats():
-    model, inputs = llava(layers=4), prompt("left")
+    model, inputs = llava(layers=4), pictured("left")
     following = torch.randint(1, 90, (2, 5), generator=torch.Generator().manual_seed(3))
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(following)], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -236,7 +223,7 @@ def test_beams_a_second_turn_and_short_floats():
 
 @torch.no_grad()
 def test_what_skips_a_layer_passes_unchanged_while_the_router_is_zero():
-    model, inputs = llava(layers=4), prompt("left")
+    model, inputs = llava(layers=4), pictured("left")
     seen = []
 
     def see(module, args, options, output):
@@ -277,7 +264,7 @@ def test_weights_stay_within_their_scale():
 
 
 def test_routers_learn_and_checkpoints_change_nothing():
-    inputs = prompt("left")
+    inputs = pictured("left")
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -4:] = inputs["input_ids"][:, -4:]
     found = []
@@ -299,7 +286,7 @@ def test_routers_learn_and_checkpoints_change_nothing():
 
 
 def test_reentrant_checkpoints_are_refused():
-    model, inputs = llava(layers=4), prompt()
+    model, inputs = llava(layers=4), pictured()
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     with MixtureOfDepths(model, RATIOS), pytest.raises(InputError, match="reentrant"):
@@ -307,7 +294,7 @@ def test_reentrant_checkpoints_are_refused():
 
 
 def test_a_step_of_the_routers_changes_what_is_chosen():
-    model, inputs = llava(layers=4), prompt()
+    model, inputs = llava(layers=4), pictured()
     with MixtureOfDepths(model, RATIOS) as handle:
         cache = model(**inputs, use_cache=True).past_key_values
         optimizer = torch.optim.SGD(handle.routers.parameters(), lr=10.0)
@@ -321,7 +308,7 @@ def test_a_step_of_the_routers_changes_what_is_chosen():
 
 
 def test_routers_in_files(tmp_path):
-    model, inputs, path = llava(layers=4), prompt(), tmp_path / "new" / "routers.safetensors"
+    model, inputs, path = llava(layers=4), pictured(), tmp_path / "new" / "routers.safetensors"
     with train(MixtureOfDepths(model, RATIOS)) as handle, torch.no_grad():
         expected = model(**inputs).logits
         handle.save(path)

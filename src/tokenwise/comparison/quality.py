@@ -201,7 +201,29 @@ WRONG_ANSWERS = _percent(
 
 
 @dataclass
-class ResponseQuality(Quality):
+class _WrittenAnswers(Quality):
+    """Answers that a model wrote beside those expected; ranked by the share of wrong ones."""
+
+    nll: list[float]
+    tokens: list[int]
+    correct: list[bool]
+
+    def columns(self) -> Array:
+        return np.array([[100.0 * (not right), 1.0] for right in self.correct])
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def identity(self) -> Hashable:
+        return tuple(self.tokens)
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.nll).all())
+
+
+@dataclass
+class ResponseQuality(_WrittenAnswers):
     """Loss of held-out responses, and whether the model's own answers match.
 
     Args:
@@ -211,9 +233,6 @@ class ResponseQuality(Quality):
         metric: which of the two ranks.
     """
 
-    nll: list[float]
-    tokens: list[int]
-    correct: list[bool]
     metric: Literal["loss", "exact_match"] = "loss"
     kind: Literal["response"] = "response"
 
@@ -231,17 +250,7 @@ class ResponseQuality(Quality):
     def columns(self) -> Array:
         if self.metric == "loss":
             return np.array([self.nll, self.tokens], dtype=np.float64).T
-        return np.array([[100.0 * (not right), 1.0] for right in self.correct])
-
-    def of_sums(self, sums: Array) -> Array:
-        return np.asarray(sums[..., 0] / sums[..., 1])
-
-    def identity(self) -> Hashable:
-        return tuple(self.tokens)
-
-    @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.nll).all())
+        return super().columns()
 
     @property
     def details(self) -> dict[Measure, float]:
@@ -405,7 +414,7 @@ ANSWER_LOSS = Measure("answer loss", "nats/token", decimals=3)
 
 
 @dataclass
-class QuestionQuality(Quality):
+class QuestionQuality(_WrittenAnswers):
     """Answers to questions about images.
 
     Args:
@@ -414,9 +423,6 @@ class QuestionQuality(Quality):
         correct: whether the answer the model wrote is the expected one.
     """
 
-    nll: list[float]
-    tokens: list[int]
-    correct: list[bool]
     kind: Literal["questions"] = "questions"
 
     item: ClassVar[str] = "question"
@@ -425,19 +431,6 @@ class QuestionQuality(Quality):
     @property
     def measure(self) -> Measure:
         return WRONG_ABOUT_IMAGES
-
-    def columns(self) -> Array:
-        return np.array([[100.0 * (not right), 1.0] for right in self.correct])
-
-    def of_sums(self, sums: Array) -> Array:
-        return np.asarray(sums[..., 0] / sums[..., 1])
-
-    def identity(self) -> Hashable:
-        return tuple(self.tokens)
-
-    @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.nll).all())
 
     @property
     def details(self) -> dict[Measure, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from tokenwise.method import Card, Paper
-from tokenwise.reduction.staged import _StagedReducer
+from tokenwise.reduction.staged import StagedReducer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokenwise.reduction.base import DecoderTokens, Stay
 
 
-class CoreMatching(_StagedReducer):
+class CoreMatching(StagedReducer):
     """Keeps, from one layer of the language model on, the image tokens that share most active neurons of the layer
     before with the prompt's last token: those above the elbow of the sorted counts."""
 

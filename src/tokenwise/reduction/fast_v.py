@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from tokenwise.method import Card, Paper
-from tokenwise.reduction.staged import Share, _StagedReducer, places_of
+from tokenwise.reduction.staged import Share, StagedReducer, places_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenwise.reduction.base import DecoderTokens
 
 
-class FastV(_StagedReducer):
+class FastV(StagedReducer):
     """Keeps, from an early layer of the language model on, the image tokens that the prompt's last token attends to
     most in the layer before."""
 
@@ -54,7 +54,7 @@ class FastV(_StagedReducer):
         return tokens.memory["last_row"]
 
 
-class PyramidDrop(_StagedReducer):
+class PyramidDrop(StagedReducer):
     """Keeps, at three places in the depth of the language model, fewer image tokens each time: those that the prompt's
     last token would attend to most in the layer to come."""
 

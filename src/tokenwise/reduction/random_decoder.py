@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from tokenwise.method import Card
-from tokenwise.reduction.staged import Share, _StagedReducer
+from tokenwise.reduction.staged import Share, StagedReducer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokenwise.reduction.base import DecoderTokens
 
 
-class RandomDecoder(_StagedReducer):
+class RandomDecoder(StagedReducer):
     """Keeps image tokens by chance from an early layer of the language model on: what a method must beat to be worth
     anything."""
 

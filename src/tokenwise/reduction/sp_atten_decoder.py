@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from tokenwise.method import Card, Paper
-from tokenwise.reduction.staged import _StagedReducer
+from tokenwise.reduction.staged import StagedReducer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenwise.reduction.base import DecoderTokens
 
 
-class SpAttenDecoder(_StagedReducer):
+class SpAttenDecoder(StagedReducer):
     """Drops tokens before every layer but the first: those that received least attention in all layers so far, over
     all heads and queries."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from tokenwise.method import Card, Paper
-from tokenwise.reduction.staged import _StagedReducer, mean_row, places_of
+from tokenwise.reduction.staged import StagedReducer, mean_row, places_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenwise.reduction.merge import Merge
 
 
-class SparseVLM(_StagedReducer):
+class SparseVLM(StagedReducer):
     """Keeps, at three places in the language model, fewer image tokens each time: those that the words most akin to the
     image attend to; the best of the others are clustered, and each cluster leaves its mean."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class _StagedReducer(DecoderReducer):
+class StagedReducer(DecoderReducer):
     """Keeps a smaller share of the candidates from each of a few layers on."""
 
     paper_ratios: ClassVar[tuple[float, ...]] = ()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from tokenwise.method import Card, Paper
-from tokenwise.reduction.staged import _StagedReducer, mean_row, places_of
+from tokenwise.reduction.staged import StagedReducer, mean_row, places_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokenwise.reduction.base import DecoderTokens
 
 
-class TransPrune(_StagedReducer):
+class TransPrune(StagedReducer):
     """Keeps, at three places in the language model, the image tokens that the layers so far changed most in length and
     direction and that the words behind the image would attend to."""
 
