@@ -19,9 +19,10 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for counted in range(-1, rounds):
-        # The order turns, so that nobody always follows the one that leaves the machine in the worst state.
+        # The order turns, and runs backwards every second time: nobody always follows the same other one, whose freed
+        # memory may fit well or badly.
         turn = counted % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in (names[turn:] + names[:turn])[:: 1 if counted % 2 else -1]:
             run = contestants[name]
             start = clock()
             run()

@@ -8,7 +8,6 @@ a bit. transformers' attention interface is served, and what calls PyTorch's fus
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -333,9 +332,7 @@ class _Intercept(TorchFunctionMode):
         if function is not functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         self.called = True
-        given = _SDPA.bind(*args, **(kwargs or {}))
-        given.apply_defaults()
-        options = given.arguments
+        options = _sdpa_options(*args, **(kwargs or {}))
         query, mask, scale = options["query"], options["attn_mask"], options["scale"]
         call = AttentionCall(
             self.module,
@@ -352,7 +349,7 @@ class _Intercept(TorchFunctionMode):
         return function(**options)
 
 
-def _sdpa_signature(
+def _sdpa_options(
     query: Any,
     key: Any,
     value: Any,
@@ -361,10 +358,9 @@ def _sdpa_signature(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> None: ...
-
-
-_SDPA = inspect.signature(_sdpa_signature)
+) -> dict[str, Any]:
+    """The arguments of PyTorch's attention by name."""
+    return dict(locals())
 
 
 def _listen_to_sdpa(module: Any, listening: _Listening) -> Callable[[], None]:

@@ -30,7 +30,6 @@ class Pass:
         counts: tokens after each block by the plan.
         size: of the tokens that are left, [batch, tokens], fp32.
         positions: where each of them stood at the beginning, [batch, tokens].
-        group: which of them each token of the beginning is in, [batch, tokens at the beginning]; -1 where dropped.
         padding: which are padding, [batch, tokens], bool; None where there is none.
         hidden: which were padding at the beginning; None where there was none.
         memory: the method's own, following the tokens.
@@ -42,7 +41,6 @@ class Pass:
     counts: list[int]
     size: Tensor
     positions: Tensor
-    group: Tensor
     padding: Tensor | None = None
     hidden: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -50,18 +48,34 @@ class Pass:
     reduced: bool = False
     layers: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.tokens = self.positions.shape[1]
+        """Tokens at the beginning."""
+        self._group = self.positions
+        self._changes: list[Merge | Mixture] = []
+
     @property
     def reduces(self) -> bool:
         """Whether the plan takes any token out."""
-        return self.counts[-1] < self.group.shape[1]
+        return self.counts[-1] < self.tokens
+
+    @property
+    def group(self) -> Tensor:
+        """Which token each one of the beginning is in, [batch, tokens at the beginning]; -1 where dropped.
+
+        Followed only when it is asked for: few passes are looked at.
+        """
+        for change in self._changes:
+            moved = change.moved()
+            moved = nn.functional.pad(moved, (0, self.tokens - moved.shape[1]), value=-1)
+            self._group = torch.where(self._group < 0, -1, moved.gather(1, self._group.clamp_min(0)))
+        self._changes.clear()
+        return self._group
 
     def follow(self, change: Merge | Mixture) -> None:
         """Let the bookkeeping follow a change of the tokens."""
         self.size = change.new_size(self.size)
-        moved = change.moved()
-        missing = self.positions.shape[1] - moved.shape[1]
-        moved = nn.functional.pad(moved, (0, missing), value=-1)
-        self.group = torch.where(self.group < 0, -1, moved.gather(1, self.group.clamp_min(0)))
+        self._changes.append(change)
         self.positions = self.positions.gather(1, change.kept)
         if self.padding is not None:
             self.padding = self.padding.gather(1, change.kept)
@@ -233,11 +247,11 @@ class EncoderReduction(Handle):
             return (reduced, *args[1:])
 
         def in_branch(module: nn.Module, args: Any, output: Tensor) -> Any:
-            if "reduced" not in running or module not in block.branch:
+            if "reduced" not in running:
                 return None
             running["branch"] = output
             # The block adds this to as many tokens as it began with; the sum is replaced as a whole.
-            return None if module is not block.branch[-1] else output.new_zeros(()).expand(output.shape[0], 1, 1)
+            return output.new_zeros(()).expand(output.shape[0], 1, 1)
 
         def after_output(module: nn.Module, args: Any, output: Any) -> Any:
             reduced = self._reduce(index, output[0] if isinstance(output, tuple) else output)
@@ -253,8 +267,7 @@ class EncoderReduction(Handle):
             else:
                 assert block.norm is not None
                 hook(block.norm.register_forward_pre_hook(between))
-                for module in dict.fromkeys(block.branch):
-                    hook(module.register_forward_hook(in_branch))
+                hook(block.branch[-1].register_forward_hook(in_branch))
         # There may be places that attention must not see, or tokens that count as many.
         if self.masked or self.method.merges or self.method.ragged or "attention" in self.method.reads:
             self.on_undo(listen(block.attention, lambda call: self._listen(index, call)))
@@ -292,7 +305,7 @@ class EncoderReduction(Handle):
                     Problem(name, f"has the shape {tuple(value.shape)}, but there are {batch} rows of {tokens} tokens.")
                 )
         memory = {name: value.to(hidden.device) for name, value in self._given.items()}
-        self.last = Pass(self.plan(tokens), size, positions, positions, padding, padding, memory)
+        self.last = Pass(self.plan(tokens), size, positions, padding, padding, memory)
 
     def _check_pass(self, block: nn.Module) -> None:
         """Refuse what the pass asks for and a reduction cannot give, before the first block runs."""
@@ -349,7 +362,7 @@ class EncoderReduction(Handle):
         """
         places = tokens.positions
         if self.masked:
-            own = torch.arange(tokens.group.shape[1], device=places.device)
+            own = torch.arange(tokens.tokens, device=places.device)
             places = torch.where(tokens.group < 0, own, places.gather(1, tokens.group.clamp_min(0)))
         places = places[:, self.encoder.prefix :] - self.encoder.prefix
         rope = rope[(None,) * (4 - rope.dim())].expand(places.shape[0], -1, -1, -1)
@@ -370,7 +383,7 @@ class EncoderReduction(Handle):
         count, available = tokens.counts[index], tokens.positions.shape[1]
         if not tokens.reduces or (count >= available and not self.method.sees_every_block):
             return None
-        whole, call = hidden, self._calls.get(index)
+        whole, call = hidden, self._calls.pop(index, None)
         if self.masked:
             hidden = take(hidden, tokens.positions)
             call = None if call is None else _compact_call(call, tokens, self.method)
@@ -418,7 +431,7 @@ class EncoderReduction(Handle):
     def _finish(self) -> None:
         tokens = self.last
         assert tokens is not None
-        encoder, before = self.encoder, tokens.group.shape[1]
+        encoder, before = self.encoder, tokens.tokens
         shape = Shape(before, len(encoder.blocks), encoder.prefix, encoder.width, encoder.hidden_width, encoder.gated)
         entered = [before, *tokens.layers[:-1]]
         processed = tokens.layers if self.method.place == "between" else entered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -71,20 +72,32 @@ class Merge:
 
     def _joined(self, values: Tensor, weights: Tensor) -> Tensor:
         """The means where few tokens join others: only these are added up."""
-        assert self.target is not None
         assert self.joining is not None
-        into, joining = self.target.gather(1, self.joining), weights.gather(1, self.joining)
-        whole = weights.gather(1, self.kept).scatter_add(1, into, joining)
+        into = self._into
+        share = weights.gather(1, self.joining) / self._joined_sums(weights).gather(1, into)
         output = take(values, self.kept).to(weights.dtype)
         # A mean moves towards what joins it by its share of the sum: a token that nothing joins is not touched.
-        added = take(values, self.joining).to(weights.dtype) - take(output, into)
-        added = added * (joining / whole.gather(1, into)).unsqueeze(2)
+        added = (take(values, self.joining).to(weights.dtype) - take(output, into)) * share.unsqueeze(2)
         return output.scatter_add_(1, into.unsqueeze(2).expand_as(added), added).to(values.dtype)
+
+    @cached_property
+    def _into(self) -> Tensor:
+        """The output token that each of those `joining` goes to, [batch, joining]."""
+        assert self.target is not None
+        assert self.joining is not None
+        return self.target.gather(1, self.joining)
+
+    def _joined_sums(self, values: Tensor) -> Tensor:
+        """`values` ([batch, tokens]) of each output token and of what joins it, [batch, kept]."""
+        assert self.joining is not None
+        return values.gather(1, self.kept).scatter_add_(1, self._into, values.gather(1, self.joining))
 
     def new_size(self, size: Tensor) -> Tensor:
         """The size of each output token, [batch, kept], from the input's [batch, tokens]."""
         if self.target is None:
             return size.gather(1, self.kept)
+        if self.joining is not None and self.sizes is None:
+            return self._joined_sums(size)
         return self._sum((size if self.sizes is None else self.sizes.to(size.dtype)).unsqueeze(2)).squeeze(2)
 
     def moved(self) -> Tensor:
