@@ -17,6 +17,7 @@ _PUBLIC = {
     "WeighMixin": "tokenwise.weighting.sft_trainer",
     "align_new_rows": "tokenwise.weighting.weight_aligning",
     "compare": "tokenwise.comparison",
+    "evict": "tokenwise.cache.apply",
     "focal_info_nce": "tokenwise.signals.classes",
     "prune_inputs": "tokenwise.reduction.inputs",
     "reduce": "tokenwise.reduction.apply",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "weighted_loss": "tokenwise.weighting.apply",
 }
 _SUBPACKAGES = {
+    "cache",
     "catalog",
     "comparison",
     "errors",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenwise.method import Method
 
 _FILE = Path(__file__).with_name("catalog.json")
-FAMILIES = ("weighting", "reduction")
+FAMILIES = ("weighting", "reduction", "cache")
 
 
 @functools.cache

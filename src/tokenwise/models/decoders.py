@@ -85,3 +85,38 @@ def find_decoder(model: Any) -> Decoder:
         width * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
         len(deep),
     )
+
+
+def cached_attentions(model: Any) -> dict[int, nn.Module]:
+    """The attention modules of a decoder that write to a cache, by the index of their layer.
+
+    Raises:
+        InputError: when there are none that transformers' attention interface serves, or some of them read what an
+            encoder gives.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            Problem(
+                "model",
+                f"{type(model).__name__} has an encoder, whose states its decoder caches, too.",
+                "Use a model with a decoder alone.",
+            )
+        )
+    found = {
+        module.layer_idx: module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", False)
+        and hasattr(getattr(module, "config", None), "_attn_implementation")
+    }
+    if not found:
+        raise InputError(
+            Problem(
+                "model",
+                f"{type(model).__name__} has no attention that is known to write to a cache.",
+                "Its attention modules must have a layer_idx, be causal, and call the function that transformers' "
+                "AttentionInterface gives for config._attn_implementation.",
+            )
+        )
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,16 +13,20 @@ from tokenwise.errors import InputError, Problem
 
 
 class SelectiveLayer(DynamicLayer):
-    """Stores the keys and values of some of the tokens it has seen.
+    """Stores the keys and values of some of the tokens it has seen, for each head those of its own.
 
     Lengths are those of all tokens seen, so that positions and masks are made as for a full cache; `mask` then takes
     the columns of what is stored. Everything follows the rows of a batch when beams are reordered.
 
     Attributes:
         seen: tokens so far, whether stored or not.
-        positions: which of them are stored, [batch, stored], int64; None before the first.
-        real: which of the stored ones count; the others fill up rows that store fewer. [batch, stored], bool; None
-            where all do.
+        positions: which of them are stored, [batch, heads, stored], int64, rising; one head where all store the same;
+            None before the first.
+        real: which of the stored ones count; the others fill up rows that store fewer. Of the shape of `positions` or
+            with one head, bool; None where all do.
+        tracks: what is known of each stored token, by name, each [batch, heads, stored]; follows the tokens. Those of
+            new tokens are 0.
+        notes: what is known of each row of the batch, by name, each [batch, ...].
     """
 
     def __init__(self, **options: Any):
@@ -29,16 +34,51 @@ class SelectiveLayer(DynamicLayer):
         self.seen = 0
         self.positions: Tensor | None = None
         self.real: Tensor | None = None
+        self.tracks: dict[str, Tensor] = {}
+        self.notes: dict[str, Tensor] = {}
         self._next: tuple[Tensor, Tensor | None, int] | None = None
 
     @property
     def stored(self) -> int:
         """How many tokens are stored for each row of the batch."""
-        return 0 if self.positions is None else self.positions.shape[1]
+        return 0 if self.positions is None else self.positions.shape[2]
+
+    @property
+    def key_heads(self) -> int:
+        """How many heads have keys of their own."""
+        assert self.keys is not None
+        return self.keys.shape[1]
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one token of every row takes in all heads."""
+        assert self.keys is not None
+        assert self.values is not None
+        batch, heads = self.keys.shape[:2]
+        return batch * heads * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
 
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take."""
         return sum(0 if values is None else values.nbytes for values in (self.keys, self.values))
+
+    def mean_stored(self) -> float:
+        """Tokens that count, as a mean over rows and heads."""
+        return float(self.stored) if self.real is None else float(self.real.sum(2).float().mean())
+
+    def take_back(self, seen: int) -> None:
+        """Forget all but the first `seen` tokens seen; what has been evicted meanwhile stays gone."""
+        assert self.positions is not None
+        before = self.positions < seen
+        counts = before.sum(2)
+        if bool((counts == counts[0, 0]).all()):
+            self.keep(torch.arange(int(counts[0, 0]), device=before.device).expand(*before.shape[:2], -1))
+        else:
+            self.hide(before)
+        self.seen = seen
+
+    def gave(self, key: Tensor) -> bool:
+        """Whether `key` is what the last `update` returned: whether an attention call reads this layer."""
+        return key is self.keys
 
     def expect(self, positions: Tensor, seen: int, real: Tensor | None = None) -> None:
         """Say what the next `update` brings, which is otherwise taken for the tokens that follow those seen.
@@ -48,12 +88,12 @@ class SelectiveLayer(DynamicLayer):
             seen: how many tokens have been seen with them.
             real: which of them count, [batch, tokens], bool; all unless given.
         """
-        self._next = (positions, real, seen)
+        self._next = (positions.unsqueeze(1), None if real is None else real.unsqueeze(1), seen)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         batch, _, tokens, _ = key_states.shape
         if self._next is None:
-            positions = torch.arange(self.seen, self.seen + tokens, device=key_states.device).expand(batch, -1)
+            positions = torch.arange(self.seen, self.seen + tokens, device=key_states.device).expand(batch, 1, -1)
             real, seen = None, self.seen + tokens
         else:
             positions, real, seen = self._next
@@ -61,40 +101,61 @@ class SelectiveLayer(DynamicLayer):
         if real is not None or self.real is not None:
             before = self.real
             if before is None:
-                before = torch.ones(batch, self.stored, dtype=torch.bool, device=key_states.device)
+                before = torch.ones(batch, 1, self.stored, dtype=torch.bool, device=key_states.device)
             real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
-            self.real = torch.cat([before, real], 1)
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], 1)
+            self.real = torch.cat([before, real.expand(-1, before.shape[1], -1)], 2)
+        if self.positions is None:
+            self.positions = positions
+        else:
+            self.positions = torch.cat([self.positions, positions.expand(-1, self.positions.shape[1], -1)], 2)
+        for name, values in self.tracks.items():
+            self.tracks[name] = torch.nn.functional.pad(values, (0, tokens))
         self.seen = seen
         return super().update(key_states, value_states, *args, **options)
+
+    def keep(self, index: Tensor, real: Tensor | None = None) -> None:
+        """Store some of the tokens alone and free the memory of the others.
+
+        Args:
+            index: which of the stored ones, [batch, heads, kept], int64, rising; one head where all keep the same.
+            real: which of these count, of the shape of `index`, bool; those that count now unless given.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
+        heads = self.keys.shape[1]
+        if self.real is not None:
+            still = take_heads(self.real, index)
+            real = still if real is None else still & real
+        self.real = real
+        self.positions = take_heads(self.positions, index)
+        self.tracks = {name: take_heads(values, index) for name, values in self.tracks.items()}
+        index = index.expand(-1, heads, -1)
+        self.keys, self.values = take_rows(self.keys, index), take_rows(self.values, index)
+
+    def hide(self, shown: Tensor) -> None:
+        """As `keep`, but all stay stored, and those not in `shown` ([batch, heads, stored], bool) do not count."""
+        self.real = shown if self.real is None else self.real & shown
 
     def mask(self, whole: Tensor | None, tokens: int) -> Tensor | None:
         """The mask of the next `tokens` queries over what is stored and themselves.
 
         Args:
-            whole: their mask over all tokens seen and themselves, [batch, heads or 1, tokens, seen + tokens], bool or
-                what is added to the scores; None where nothing is hidden, or where each sees those before it.
+            whole: their mask over all tokens seen and themselves, [batch, 1, tokens, seen + tokens], bool or what is
+                added to the scores; None where nothing is hidden, or where each sees those before it.
             tokens: how many follow.
 
         Returns:
-            [batch, heads or 1, tokens, stored + tokens], or None.
+            [batch, heads, tokens, stored + tokens], with one head where all are alike; or None.
         """
         assert self.positions is not None
-        batch, device = self.positions.shape[0], self.positions.device
-        if whole is None:
-            if self.real is None:
-                return None
-            before = self.real[:, None, None].expand(-1, 1, tokens, -1)
-            among = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=device).tril()
-            return torch.cat([before, among], 3)
-        following = torch.arange(self.seen, self.seen + tokens, device=device).expand(batch, -1)
-        columns = torch.cat([self.positions, following], 1)[:, None, None]
-        whole = whole.expand(batch, *whole.shape[1:])
-        taken = whole.gather(3, columns.expand(-1, *whole.shape[1:3], -1))
-        if self.real is None:
-            return taken
-        hidden = ~torch.nn.functional.pad(self.real, (0, tokens), value=True)[:, None, None]
-        return taken.masked_fill(hidden, hidden_value(taken.dtype))
+        return _mask_of(self.positions, self.real, self.seen, whole, tokens)
+
+    def mask_of_last(self, whole: Tensor | None, tokens: int) -> Tensor | None:
+        """As `mask`, once the queries' own keys are stored behind the others."""
+        assert self.positions is not None
+        real = None if self.real is None else self.real[..., :-tokens]
+        return _mask_of(self.positions[..., :-tokens], real, self.seen - tokens, whole, tokens)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -103,8 +164,10 @@ class SelectiveLayer(DynamicLayer):
         return self.seen + query_length, 0
 
     def reset(self) -> None:
-        super().reset()
+        # What is left of the keys must not be taken for a beginning of the next prompt.
+        self.keys, self.values, self.is_initialized = None, None, False
         self.seen, self.positions, self.real, self._next = 0, None, None, None
+        self.tracks, self.notes = {}, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -125,11 +188,50 @@ class SelectiveLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._rows(lambda values: values[indices.to(values.device)])
 
-    def _rows(self, change: Any) -> None:
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in ("keys", "values", "positions", "real"):
             values = getattr(self, name)
             if values is not None:
                 setattr(self, name, change(values))
+        self.tracks = {name: change(values) for name, values in self.tracks.items()}
+        self.notes = {name: change(values) for name, values in self.notes.items()}
+
+
+def take_heads(values: Tensor, index: Tensor) -> Tensor:
+    """Of `values` ([batch, heads, tokens]) those at `index` ([batch, heads, taken]); either may have one head."""
+    heads = max(values.shape[1], index.shape[1])
+    return values.expand(-1, heads, -1).gather(2, index.expand(-1, heads, -1))
+
+
+def take_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Of `values` ([batch, heads, tokens, channels]) the rows at `index` ([batch, heads, taken]).
+
+    Copies whole rows: `gather` looks up every channel by itself, which takes several times as long.
+    """
+    batch, heads, tokens, _ = values.shape
+    starts = torch.arange(0, batch * heads * tokens, tokens, device=index.device).view(batch, heads, 1)
+    return values.flatten(0, 2).index_select(0, (index + starts).flatten()).unflatten(0, index.shape)
+
+
+def _mask_of(positions: Tensor, real: Tensor | None, seen: int, whole: Tensor | None, tokens: int) -> Tensor | None:
+    device = positions.device
+    if whole is None:
+        if real is None:
+            return None
+        before = real.unsqueeze(2).expand(-1, -1, tokens, -1)
+        among = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().expand(*before.shape[:3], -1)
+        return torch.cat([before, among], 3)
+    batch, heads = positions.shape[:2]
+    # All that is stored lies behind every query, so that the last one sees as much of it as the others.
+    last = whole[:, 0, -1:].expand(batch, heads, -1)
+    before = last.gather(2, positions)
+    if real is not None:
+        before = torch.where(real, before, hidden_value(before.dtype))
+    if before.shape[1] > 1 and bool((before == before[:, :1]).all()):
+        before = before[:, :1]
+    before = before.unsqueeze(2).expand(-1, -1, tokens, -1)
+    among = whole[..., seen:].expand(batch, before.shape[1], -1, -1)
+    return torch.cat([before, among], 3)
 
 
 def hidden_value(dtype: torch.dtype) -> float | bool:

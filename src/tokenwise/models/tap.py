@@ -46,6 +46,10 @@ class AttentionCall:
         softcap: bound of the scores, or None.
         window: how many positions back a query sees although `mask` is None, or None.
         key_bias: set by listeners: added to the scores of each key, [batch, 1, 1, keys].
+        answer: set by a listener: what the attention gives, [batch, queries, heads, value_dim]; nothing else is
+            computed then.
+
+    A listener may also replace `key`, `value` and `mask`: the attention is computed with what stands here in the end.
     """
 
     module: nn.Module
@@ -58,6 +62,7 @@ class AttentionCall:
     softcap: float | None = None
     window: int | None = None
     key_bias: Tensor | None = None
+    answer: Tensor | None = None
 
     def add_key_bias(self, bias: Tensor) -> None:
         """Add `bias` to the scores of each key, [batch, keys]; -inf hides a key."""
@@ -284,7 +289,9 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             listening.tell(part)
             if part is not call and part.key_bias is not None:
                 call.key_bias = part.key_bias
-        if call.key_bias is not None:
+        if call.answer is not None:
+            return call.answer, None
+        if call.key_bias is not None or call.mask is not prepared:
             if borders is not None or (attention_mask is not None and prepared is None):
                 raise InputError(
                     Problem(
@@ -294,7 +301,7 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
                     )
                 )
             attention_mask = call.biased_mask()
-        return plain(owner, query, key, value, attention_mask, *args, **options)
+        return plain(owner, query, call.key, call.value, attention_mask, *args, **options)
 
     # The module alone is sent to our function: the name in its own copy of the configuration. Masks are made by the
     # backbone, from the configuration that stays as it is.

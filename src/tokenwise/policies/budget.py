@@ -9,6 +9,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 _AMOUNT = re.compile(r"\s*(\d[\d_]*)\s*(tokens?)\s*")
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(bytes?|[kmg]i?b)\s*", re.IGNORECASE)
+_UNITS = {"byte": 1, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _FLOPS = re.compile(r"\s*(\d*\.?\d+)\s*flops\s*")
 
 
@@ -47,12 +49,39 @@ def parse_flops(value: object) -> str | None:
     return f"{float(amount[1]):g} flops" if amount and 0 < float(amount[1]) <= 1 else None
 
 
+def parse_bytes(value: object) -> str | None:
+    """The canonical form ``"1024 bytes"`` of an amount of memory such as ``"2 GiB"``; None for anything else."""
+    amount = _BYTES.fullmatch(value) if isinstance(value, str) else None
+    if amount is None:
+        return None
+    count = int(float(amount[1]) * _UNITS[amount[2].lower()])
+    return f"{count} bytes" if count > 0 else None
+
+
+def parse_keep_or_bytes(value: object) -> float | str:
+    """As `parse_keep`, and an amount of memory: ``"512 MiB"``, ``"2 GB"``, ``"100000 bytes"``."""
+    found = parse_bytes(value)
+    if found is not None:
+        return found
+    try:
+        return parse_keep(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace('"128 tokens"', '"128 tokens" or "2 GiB"')) from None
+
+
 Keep = Annotated[
     float | str,
     BeforeValidator(parse_keep),
     Field(json_schema_extra={"range": 'a share in (0, 1], or "N tokens"'}),
 ]
 """The type of a `keep` field."""
+
+KeepOrBytes = Annotated[
+    float | str,
+    BeforeValidator(parse_keep_or_bytes),
+    Field(json_schema_extra={"range": 'a share in (0, 1], "N tokens", or memory such as "2 GiB"'}),
+]
+"""The type of a `keep` field where memory is what is spent."""
 
 
 def kept_count(keep: float | str, available: int) -> int:

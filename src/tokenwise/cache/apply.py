@@ -1,0 +1,29 @@
+"""The verb: `evict` from a model's cache."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tokenwise.cache.base import CachePolicy
+from tokenwise.cache.evicting import EvictingCache
+from tokenwise.errors import InputError, Problem
+
+
+def evict(model: nn.Module, method: CachePolicy, *, masked: bool = False) -> EvictingCache:
+    """A cache that keeps the tokens that matter, to be passed as ``past_key_values`` to `generate` or `forward`.
+
+    It listens to the attention of `model` until it is undone, its ``with`` block left, or it is dropped; while another
+    cache is passed it does nothing. A full budget is the stock cache to the bit.
+
+    Args:
+        model: a decoder of transformers, or a vision-language model.
+        method: which tokens stay.
+        masked: keep them all stored and hide from attention those that would be gone: the reference for what eviction
+            does; with `EvictingCache.with_keep` many budgets from one prompt.
+
+    Raises:
+        InputError: when the model or the budget does not fit, before anything is computed.
+    """
+    if not isinstance(method, CachePolicy):
+        raise InputError(Problem("method", f"{method!r} is no cache policy.", "See `tokenwise methods`."))
+    return EvictingCache(model, method, masked)

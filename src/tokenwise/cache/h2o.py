@@ -1,0 +1,38 @@
+"""What has been looked at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from tokenwise.cache.base import CachePolicy, StoredTokens
+from tokenwise.method import Card, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class H2O(CachePolicy):
+    """Keeps the heavy hitters: tokens that have received the most attention so far, and the last ones."""
+
+    card: ClassVar[Card] = Card(
+        id="cache/h2o",
+        paper=Paper(
+            title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+            arxiv="2306.14048",
+            venue="NeurIPS 2023",
+        ),
+        status="VERIFIED",
+        checked="the formula in fp64",
+        control="cache/random",
+    )
+    reads: ClassVar[frozenset[str]] = frozenset({"received"})
+
+    recent: Annotated[int, Field(ge=0)] = 32
+    """Tokens at the end that stay, within the budget."""
+    interval: Annotated[int, Field(ge=1)] | None = 1
+    """Evict while generating, too, every so many tokens; None: only when a prompt, or a part of one, has been read."""
+
+    def score(self, tokens: StoredTokens) -> Tensor:
+        return tokens.tracks["received"]

@@ -1,0 +1,41 @@
+"""What the end of the prompt looks at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from tokenwise.cache.base import CachePolicy, StoredTokens
+from tokenwise.method import Card, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SnapKV(CachePolicy):
+    """Keeps what the last queries of the prompt attend to, smoothed over neighbours."""
+
+    card: ClassVar[Card] = Card(
+        id="cache/snap_kv",
+        paper=Paper(title="SnapKV: LLM Knows What You are Looking for Before Generation", arxiv="2404.14469"),
+        status="VERIFIED",
+        checked="the formula in fp64",
+        control="cache/random",
+    )
+    reads: ClassVar[frozenset[str]] = frozenset({"window"})
+
+    queries: Annotated[int, Field(ge=1)] = 64
+    """The last queries whose attention is read; a shorter prompt has all of them read."""
+    kernel: Annotated[int, Field(ge=1)] = 5
+    """Tokens over which scores are averaged; odd."""
+
+    @property
+    def window(self) -> int:
+        return self.queries
+
+    def score(self, tokens: StoredTokens) -> Tensor:
+        from torch.nn.functional import avg_pool1d
+
+        found = tokens.window_rows().mean((2, 3))
+        return avg_pool1d(found, self.kernel, stride=1, padding=self.kernel // 2)

@@ -1,0 +1,77 @@
+"""Rotary position embeddings of keys that are cached already."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenwise.errors import InputError, Problem
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a model turns its keys.
+
+    Args:
+        frequencies: radians per position of each pair of channels, [pairs], fp32.
+        interleaved: whether a pair lies side by side; else half the channels apart.
+    """
+
+    frequencies: Tensor
+    interleaved: bool
+
+    def turn(self, keys: Tensor, steps: Tensor) -> Tensor:
+        """Keys as they would be some positions further.
+
+        Args:
+            keys: [batch, heads, tokens, head_dim]; channels beyond the pairs are not turned.
+            steps: positions to add, [batch, heads or 1, tokens], int64.
+
+        Returns:
+            New keys, the same to the bit where steps is 0; `keys` itself where all are.
+        """
+        moved = (steps != 0).expand(*keys.shape[:3])
+        if not bool(moved.any()):
+            return keys
+        angle = steps.expand(*keys.shape[:3])[moved].unsqueeze(1) * self.frequencies.to(keys.device)
+        cos, sin, pairs = angle.cos(), angle.sin(), len(self.frequencies)
+        rows = keys[moved].float()
+        turned, rest = rows[:, : 2 * pairs], rows[:, 2 * pairs :]
+        if self.interleaved:
+            first, second = turned[:, ::2], turned[:, 1::2]
+            both = torch.stack([first * cos - second * sin, second * cos + first * sin], 2).flatten(1)
+        else:
+            first, second = turned[:, :pairs], turned[:, pairs:]
+            both = torch.cat([first * cos - second * sin, second * cos + first * sin], 1)
+        new = keys.clone()
+        new[moved] = torch.cat([both, rest], 1).to(keys.dtype)
+        return new
+
+
+def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary:
+    """How `model` turns the keys of `attention`.
+
+    Raises:
+        InputError: when it has no rotary embedding of a known kind, or one that changes with the length.
+    """
+
+    def refuse(why: str) -> InputError:
+        return InputError(
+            Problem("positions", f"'compact' turns cached keys, and {why}.", "Leave positions='original'.")
+        )
+
+    modules: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    rotate = vars(sys.modules[type(attention).__module__]).get("rotate_half")
+    if len(modules) != 1 or rotate is None:
+        raise refuse(f"{type(model).__name__} has {len(modules)} rotary embeddings of a known kind, not one")
+    kind = getattr(modules[0], "rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise refuse(f"the rotary embedding {kind!r} changes with the length")
+    turned = rotate(torch.arange(4.0)).tolist()
+    if turned not in ([-2.0, -3.0, 0.0, 1.0], [-1.0, 0.0, -3.0, 2.0]):
+        raise refuse(f"{type(attention).__name__} turns its channels in a way that is not known")
+    return Rotary(modules[0].inv_freq.detach().float().clone(), turned[0] == -1.0)

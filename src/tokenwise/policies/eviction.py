@@ -1,0 +1,102 @@
+"""Which cached tokens stay: protection, and budgets shared out over layers and heads to the token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenwise.policies.apportion import apportion
+
+
+def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: int) -> Tensor:
+    """Which tokens stay whatever their score: the first and the last.
+
+    Args:
+        positions: [batch, heads, stored], int64, counted from the first column, padding included.
+        pads: columns of padding in front of each row, [batch].
+        seen: columns so far.
+        sink: how many of the first tokens.
+        recent: how many of the last tokens.
+
+    Returns:
+        [batch, heads, stored], bool; padding is never protected.
+    """
+    pads = pads.view(-1, 1, 1)
+    inside = positions >= pads
+    return inside & ((positions < pads + sink) | (positions >= seen - recent))
+
+
+def best_of_each_head(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The tokens with the largest scores, in every head as many.
+
+    Args:
+        scores: [batch, heads, stored]; of equal ones the first is taken. +inf stays; -inf is no token.
+        counts: how many stay of each row, [batch], int64; at least 1.
+
+    Returns:
+        index: their places, rising, [batch, heads, most of `counts`].
+        real: which of these count, where rows keep different numbers, [batch, 1, most of `counts`], bool; else None.
+        The places that do not count stand first.
+    """
+    most = int(counts.max())
+    order = scores.argsort(dim=2, descending=True, stable=True)[:, :, :most]
+    if bool((counts == most).all()):
+        return order.sort(dim=2).values, None
+    # What fills up a row stands first, where padding stood.
+    taken = torch.arange(most, device=scores.device) < counts.view(-1, 1, 1)
+    places = order.masked_fill(~taken, -1).sort(dim=2).values
+    real = torch.arange(most, device=scores.device) >= most - counts.view(-1, 1, 1)
+    return places.clamp_min(0), real
+
+
+def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> list[Tensor]:
+    """The tokens with the largest scores over several heads, or layers and heads, together.
+
+    Args:
+        scores: one or more of [batch, heads, stored]; -inf is no token and never stays.
+        totals: how many stay of each row over all heads and layers, [batch].
+        floors: how many of its best each head keeps anyway, [batch].
+
+    Returns:
+        Which stay, one for each of `scores`, of its shape, bool.
+    """
+    raised = []
+    for score in scores:
+        rank = score.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+        own = (rank < floors.view(-1, 1, 1)) & (score > float("-inf"))
+        raised.append(score.masked_fill(own, float("inf")).flatten(1))
+    joined = torch.cat(raised, 1)
+    rank = joined.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    shown = (rank < totals.unsqueeze(1)) & (joined > float("-inf"))
+    sizes = [part.shape[1] for part in raised]
+    return [part.view(score.shape) for part, score in zip(shown.split(sizes, 1), scores, strict=True)]
+
+
+def pyramid_counts(count: int, available: int, layers: int, window: int, beta: float) -> list[int]:
+    """Tokens of each layer that fall from the first to the last by equal steps, as PyramidKV has it.
+
+    Args:
+        count: tokens of each layer if they were shared evenly.
+        available: tokens there are.
+        layers: how many layers.
+        window: tokens at the end that every layer keeps.
+        beta: how much less than the mean the last layer keeps beyond the window.
+
+    Returns:
+        Counts that add up to ``layers * count`` exactly; all `count` where the steps do not fit.
+    """
+    even = [count] * layers
+    if layers == 1 or count >= available or count <= window:
+        return even
+    # Their capacity is the window and the share of the tokens; ours counts the window in.
+    least = (count - window) / beta + window
+    most = 2 * count - least
+    if most > available:
+        most = float(available)
+        least = 2 * count - most
+    if not available >= most >= least >= window:
+        return even
+    sizes = [most - layer * (most - least) / (layers - 1) for layer in range(layers)]
+    return apportion(count * layers, sizes, [available] * layers)

@@ -1,0 +1,73 @@
+"""Small decoders with random weights, sharp enough that attention matters."""
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+COMMON = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=16)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**GROUPED)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**GROUPED)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**COMMON)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **GROUPED,
+            head_dim=16,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **GROUPED,
+            head_dim=16,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        )
+    ),
+}
+
+
+def decoder(kind: str = "llama") -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval()
+    for name, values in model.named_parameters():
+        if values.dim() > 1 and "embed" not in name:
+            torch.nn.init.normal_(values, std=0.25)
+    return model
+
+
+def prompt(tokens: int = 40, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 100, (rows, tokens), generator=torch.Generator().manual_seed(seed))
