@@ -97,6 +97,9 @@ class CachePolicy(Method):
     (the attention of all of them)."""
     mode: ClassVar[Literal["evict", "select"]] = "evict"
     """Whether tokens leave the cache, or each step reads some of those stored."""
+    ordered: ClassVar[bool] = True
+    """Whether the score of a token depends on which ones are stored beside it; where not, a generated token takes the
+    place of the one that is evicted, and nothing is copied."""
 
     keep: KeepOrBytes = 0.5
     """What stays of the tokens seen, in each layer and head, as a mean; or memory for the keys and values of the whole

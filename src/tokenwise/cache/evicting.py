@@ -21,7 +21,7 @@ from tokenwise.models.rotary import Rotary, find_rotary
 from tokenwise.models.selective_kv import SelectiveLayer
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.policies.budget import kept_count
-from tokenwise.policies.eviction import best_of_all, best_of_each_head, protected, pyramid_counts
+from tokenwise.policies.eviction import best_of_all, best_of_each_head, protected, pyramid_counts, worst_of_each_head
 
 
 class EvictingCache(Cache, Handle):
@@ -234,11 +234,16 @@ class EvictingCache(Cache, Handle):
         if (method.keep == 1.0 and not self.masked) or (not reading and method.interval is None):
             return
         self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
-        with torch.no_grad():
-            self._observe(index, layer, call, whole)
-            since = layer.seen - self._evicted_at.get(index, 0)
-            if not self._held and (reading or (method.interval is not None and since >= method.interval)):
-                self._evict(index)
+        call.after.append(lambda: self._computed(index, call, whole, reading))
+
+    @torch.no_grad()
+    def _computed(self, index: int, call: AttentionCall, whole: Tensor | None, reading: bool) -> None:
+        """After the attention of a layer: what its tokens are scored by, and what becomes of them."""
+        layer, method = self._selective(index), self.method
+        self._observe(index, layer, call, whole)
+        since = layer.seen - self._evicted_at.get(index, 0)
+        if not self._held and (reading or (method.interval is not None and since >= method.interval)):
+            self._evict(index)
         if index == self._places[-1]:
             self.stats.update(
                 tokens_seen=layer.seen,
@@ -383,6 +388,8 @@ class EvictingCache(Cache, Handle):
             if method.allocate == "pyramid":
                 counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
             counts = counts.minimum((score > float("-inf")).sum(2).amin(1))
+            if bool((counts == layer.stored).all()) or self._drops_one(layer, score, counts):
+                continue
             places, real = best_of_each_head(score, counts)
             if self.masked:
                 shown = torch.zeros_like(score, dtype=torch.bool)
@@ -393,6 +400,24 @@ class EvictingCache(Cache, Handle):
             elif places.shape[2] < layer.stored or real is not None:
                 self._even(index).keep(places, real)
             self._close_up(self._selective(index))
+
+    def _drops_one(self, layer: SelectiveLayer, score: Tensor, counts: Tensor) -> bool:
+        """Where one token of each head goes, as after each generated one, and order does not matter: let it go."""
+        even = not isinstance(layer, RaggedLayer) and layer.real is None and not self.masked
+        if self.method.ordered or not even or bool((counts != layer.stored - 1).any()):
+            return False
+        gone = worst_of_each_head(score)
+        assert layer.positions is not None
+        if self._rotary is not None:
+            assert layer.keys is not None
+            heads = max(layer.positions.shape[1], gone.shape[1])
+            at = layer.positions.expand(-1, heads, -1).gather(2, gone.expand(-1, heads, -1))
+            # Those before it come one closer.
+            turn = (layer.positions < at).long()
+            layer.tracks["shift"] = layer.tracks["shift"].expand_as(turn) + turn
+            self._rotary.turn(layer.keys, turn, in_place=True)
+        layer.drop(gone)
+        return True
 
     def _pyramid(self, counts: Tensor, counted: Tensor, place: int) -> Tensor:
         rows = []
@@ -429,13 +454,13 @@ class EvictingCache(Cache, Handle):
         assert layer.keys is not None
         assert layer.positions is not None
         real = layer.real if shown is None else shown
-        here = torch.ones_like(layer.positions, dtype=torch.bool) if real is None else real
-        behind = here.long().flip(2).cumsum(2).flip(2)
+        standing = layer.positions if real is None else layer.positions.masked_fill(~real, -1)
+        behind = standing.argsort(dim=2, descending=True).argsort(dim=2) + 1
         shift = (layer.seen - behind) - layer.positions
         before = layer.tracks.get("shift")
         turn = shift if before is None else shift - before
         layer.tracks["shift"] = shift
-        layer.keys = self._rotary.turn(layer.keys, turn.masked_fill(~here, 0))
+        layer.replace_keys(self._rotary.turn(layer.keys, turn if real is None else turn.masked_fill(~real, 0)))
 
     def _counts(self, layer: SelectiveLayer) -> Tensor:
         """Tokens of each head of a layer when the budget is shared evenly, [batch]."""

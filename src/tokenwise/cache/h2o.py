@@ -28,6 +28,7 @@ class H2O(CachePolicy):
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"received"})
+    ordered: ClassVar[bool] = False
 
     recent: Annotated[int, Field(ge=0)] = 32
     """Tokens at the end that stay, within the budget."""

@@ -26,6 +26,7 @@ class KNorm(CachePolicy):
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"keys"})
+    ordered: ClassVar[bool] = False
 
     def score(self, tokens: StoredTokens) -> Tensor:
         return -tokens.keys.float().norm(dim=-1)

@@ -25,6 +25,7 @@ class StreamingLLM(CachePolicy):
         checked="the formula in fp64",
         control="cache/random",
     )
+    ordered: ClassVar[bool] = False
 
     sink: Annotated[int, Field(ge=0)] = 4
     """Tokens at the beginning that stay, within the budget."""

@@ -24,12 +24,13 @@ class Rotary:
     frequencies: Tensor
     interleaved: bool
 
-    def turn(self, keys: Tensor, steps: Tensor) -> Tensor:
+    def turn(self, keys: Tensor, steps: Tensor, in_place: bool = False) -> Tensor:
         """Keys as they would be some positions further.
 
         Args:
             keys: [batch, heads, tokens, head_dim]; channels beyond the pairs are not turned.
             steps: positions to add, [batch, heads or 1, tokens], int64.
+            in_place: write into `keys` rather than into new ones.
 
         Returns:
             New keys, the same to the bit where steps is 0; `keys` itself where all are.
@@ -47,7 +48,7 @@ class Rotary:
         else:
             first, second = turned[:, :pairs], turned[:, pairs:]
             both = torch.cat([first * cos - second * sin, second * cos + first * sin], 1)
-        new = keys.clone()
+        new = keys if in_place else keys.clone()
         new[moved] = torch.cat([both, rest], 1).to(keys.dtype)
         return new
 

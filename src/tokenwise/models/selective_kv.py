@@ -11,6 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from tokenwise.errors import InputError, Problem
 
+_SPARE = 64
+"""Places for new tokens that are made when one generated token finds none: all keys and values are copied then."""
+
 
 class SelectiveLayer(DynamicLayer):
     """Stores the keys and values of some of the tokens it has seen, for each head those of its own.
@@ -37,6 +40,8 @@ class SelectiveLayer(DynamicLayer):
         self.tracks: dict[str, Tensor] = {}
         self.notes: dict[str, Tensor] = {}
         self._next: tuple[Tensor, Tensor | None, int] | None = None
+        # What `keys` and `values` are the beginnings of, where there is room behind them.
+        self._roomy: tuple[Tensor, Tensor] | None = None
 
     @property
     def stored(self) -> int:
@@ -58,8 +63,9 @@ class SelectiveLayer(DynamicLayer):
         return batch * heads * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
 
     def nbytes(self) -> int:
-        """Bytes that the stored keys and values take."""
-        return sum(0 if values is None else values.nbytes for values in (self.keys, self.values))
+        """Bytes that the stored keys and values take, and the room behind them."""
+        held = (self.keys, self.values) if self._roomy is None else self._roomy
+        return sum(0 if values is None else values.nbytes for values in held)
 
     def mean_stored(self) -> float:
         """Tokens that count, as a mean over rows and heads."""
@@ -111,7 +117,50 @@ class SelectiveLayer(DynamicLayer):
         for name, values in self.tracks.items():
             self.tracks[name] = torch.nn.functional.pad(values, (0, tokens))
         self.seen = seen
-        return super().update(key_states, value_states, *args, **options)
+        return self._append(key_states, value_states)
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values behind the others; single ones where there is room, so that nothing is copied."""
+        tokens = key_states.shape[2]
+        needs_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if self.keys is None or self.values is None or tokens > 1 or needs_gradient:
+            self._roomy = None
+            return super().update(key_states, value_states)
+        stored = self.keys.shape[2]
+        if self._roomy is None or self._roomy[0].shape[2] <= stored:
+            self._roomy = (_with_room(self.keys), _with_room(self.values))
+        keys, values = self._roomy
+        keys[:, :, stored : stored + 1] = key_states
+        values[:, :, stored : stored + 1] = value_states
+        self.keys, self.values = keys[:, :, : stored + 1], values[:, :, : stored + 1]
+        return self.keys, self.values
+
+    def replace_keys(self, keys: Tensor) -> None:
+        """Store other keys for the same tokens."""
+        if keys is not self.keys:
+            self.keys, self._roomy = keys, None
+
+    def drop(self, gone: Tensor) -> None:
+        """Free one token of each head, without copying the others: the last one takes its place.
+
+        What is stored is then no longer in rising order.
+
+        Args:
+            gone: its place, [batch, heads, 1], int64; one head where it is the same in all.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
+        assert self.real is None
+        last = self.stored - 1
+        if self._roomy is None:
+            self._roomy = (self.keys, self.values)
+        index = gone.expand(-1, self.key_heads, -1).unsqueeze(3)
+        for held in (self.keys, self.values):
+            held.scatter_(2, index.expand(-1, -1, -1, held.shape[3]), held[:, :, last:].clone())
+        self.keys, self.values = self.keys[:, :, :last], self.values[:, :, :last]
+        self.positions = _without(self.positions, gone)
+        self.tracks = {name: _without(values, gone) for name, values in self.tracks.items()}
 
     def keep(self, index: Tensor, real: Tensor | None = None) -> None:
         """Store some of the tokens alone and free the memory of the others.
@@ -132,6 +181,7 @@ class SelectiveLayer(DynamicLayer):
         self.tracks = {name: take_heads(values, index) for name, values in self.tracks.items()}
         index = index.expand(-1, heads, -1)
         self.keys, self.values = take_rows(self.keys, index), take_rows(self.values, index)
+        self._roomy = None
 
     def hide(self, shown: Tensor) -> None:
         """As `keep`, but all stay stored, and those not in `shown` ([batch, heads, stored], bool) do not count."""
@@ -165,7 +215,7 @@ class SelectiveLayer(DynamicLayer):
 
     def reset(self) -> None:
         # What is left of the keys must not be taken for a beginning of the next prompt.
-        self.keys, self.values, self.is_initialized = None, None, False
+        self.keys, self.values, self.is_initialized, self._roomy = None, None, False, None
         self.seen, self.positions, self.real, self._next = 0, None, None, None
         self.tracks, self.notes = {}, {}
 
@@ -189,12 +239,31 @@ class SelectiveLayer(DynamicLayer):
         self._rows(lambda values: values[indices.to(values.device)])
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._roomy = None
         for name in ("keys", "values", "positions", "real"):
             values = getattr(self, name)
             if values is not None:
                 setattr(self, name, change(values))
         self.tracks = {name: change(values) for name, values in self.tracks.items()}
         self.notes = {name: change(values) for name, values in self.notes.items()}
+
+
+def _with_room(values: Tensor) -> Tensor:
+    batch, heads, stored, width = values.shape
+    made = values.new_empty(batch, heads, stored + _SPARE, width)
+    made[:, :, :stored] = values
+    return made
+
+
+def _without(values: Tensor, gone: Tensor) -> Tensor:
+    """`values` ([batch, heads, tokens]) with the last one at the place of the one that is gone."""
+    values = values.expand(-1, max(values.shape[1], gone.shape[1]), -1)
+    moved = values[..., :-1].clone()
+    last = values.shape[2] - 1
+    inside = gone.expand(-1, values.shape[1], -1)
+    # Where it is the last one itself, nothing is to be moved.
+    place = inside.clamp_max(last - 1)
+    return moved.scatter_(2, place, torch.where(inside == last, moved.gather(2, place), values[..., last:]))
 
 
 def take_heads(values: Tensor, index: Tensor) -> Tensor:

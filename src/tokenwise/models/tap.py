@@ -49,6 +49,8 @@ class AttentionCall:
         answer: set by a listener: what the attention gives, [batch, queries, heads, value_dim]; nothing else is
             computed then.
 
+        after: what a listener wants called once the attention has been computed.
+
     A listener may also replace `key`, `value` and `mask`: the attention is computed with what stands here in the end.
     """
 
@@ -63,6 +65,7 @@ class AttentionCall:
     window: int | None = None
     key_bias: Tensor | None = None
     answer: Tensor | None = None
+    after: list[Callable[[], None]] = field(default_factory=list)
 
     def add_key_bias(self, bias: Tensor) -> None:
         """Add `bias` to the scores of each key, [batch, keys]; -inf hides a key."""
@@ -290,7 +293,7 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             if part is not call and part.key_bias is not None:
                 call.key_bias = part.key_bias
         if call.answer is not None:
-            return call.answer, None
+            return _done(call, (call.answer, None))
         if call.key_bias is not None or call.mask is not prepared:
             if borders is not None or (attention_mask is not None and prepared is None):
                 raise InputError(
@@ -301,7 +304,7 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
                     )
                 )
             attention_mask = call.biased_mask()
-        return plain(owner, query, call.key, call.value, attention_mask, *args, **options)
+        return _done(call, plain(owner, query, call.key, call.value, attention_mask, *args, **options))
 
     # The module alone is sent to our function: the name in its own copy of the configuration. Masks are made by the
     # backbone, from the configuration that stays as it is.
@@ -316,6 +319,12 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
         AttentionInterface._global_mapping.pop(name, None)
 
     return undo
+
+
+def _done(call: AttentionCall, output: Any) -> Any:
+    for action in call.after:
+        action()
+    return output
 
 
 def _parts(call: AttentionCall, borders: list[int]) -> list[AttentionCall]:
@@ -353,7 +362,7 @@ class _Intercept(TorchFunctionMode):
         self.listening.tell(call)
         if call.key_bias is not None:
             options["attn_mask"], options["is_causal"] = call.biased_mask(), False
-        return function(**options)
+        return _done(call, function(**options))
 
 
 def _sdpa_options(

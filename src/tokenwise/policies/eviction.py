@@ -51,6 +51,11 @@ def best_of_each_head(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | 
     return places.clamp_min(0), real
 
 
+def worst_of_each_head(scores: Tensor) -> Tensor:
+    """The place of the token with the smallest score, of equal ones the last: [batch, heads, 1], int64."""
+    return scores.shape[2] - 1 - scores.flip(2).argmin(2, keepdim=True)
+
+
 def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> list[Tensor]:
     """The tokens with the largest scores over several heads, or layers and heads, together.
 
