@@ -414,7 +414,8 @@ class EvictingCache(Cache, Handle):
             at = layer.positions.expand(-1, heads, -1).gather(2, gone.expand(-1, heads, -1))
             # Those before it come one closer.
             turn = (layer.positions < at).long()
-            layer.tracks["shift"] = layer.tracks["shift"].expand_as(turn) + turn
+            before = layer.tracks.get("shift")
+            layer.tracks["shift"] = turn if before is None else before + turn
             self._rotary.turn(layer.keys, turn, in_place=True)
         layer.drop(gone)
         return True
