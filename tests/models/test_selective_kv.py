@@ -68,3 +68,44 @@ def test_taking_tokens_back_is_refused():
     layer.crop(0)
     with pytest.raises(InputError, match="cannot take the last ones back"):
         layer.crop(-1)
+
+
+def test_one_token_is_stored_behind_the_others_without_a_copy():
+    layer = SelectiveLayer()
+    states = torch.randn(2, 3, 10, 4)
+    layer.update(states[:, :, :5], -states[:, :, :5])
+    assert layer.nbytes() == 2 * states[:, :, :5].nbytes
+    places = set()
+    for token in range(5, 10):
+        keys, values = layer.update(states[:, :, token : token + 1], -states[:, :, token : token + 1])
+        assert layer.gave(keys)
+        places.add(keys.data_ptr())
+    assert torch.equal(keys, states)
+    assert torch.equal(values, -states)
+    assert len(places) == 1
+    assert layer.nbytes() == 2 * 2 * 3 * (5 + 64) * 4 * 4
+
+
+def test_the_last_token_takes_the_place_of_the_one_that_is_dropped():
+    layer = SelectiveLayer()
+    states = torch.randn(1, 2, 6, 4)
+    layer.update(states, -states)
+    layer.tracks["mark"] = torch.arange(6.0).expand(1, 2, -1)
+    layer.drop(torch.tensor([[[1], [5]]]))
+    assert layer.positions.tolist() == [[[0, 5, 2, 3, 4], [0, 1, 2, 3, 4]]]
+    assert torch.equal(layer.tracks["mark"], layer.positions.float())
+    expected = torch.stack([states[0, head][layer.positions[0, head]] for head in range(2)])
+    assert torch.equal(layer.keys[0], expected)
+    assert torch.equal(layer.values[0], -expected)
+    layer.update(states[:, :, :1], states[:, :, :1])
+    assert layer.positions[0, :, -1].tolist() == [6, 6]
+    assert layer.keys.shape[2] == 6
+
+
+def test_gradients_pass_through_what_is_appended():
+    layer = SelectiveLayer()
+    states = torch.randn(1, 2, 6, 4, requires_grad=True)
+    layer.update(states[:, :, :5], states[:, :, :5])
+    keys, _ = layer.update(states[:, :, 5:], states[:, :, 5:])
+    keys.sum().backward()
+    assert torch.equal(states.grad, torch.ones_like(states))
