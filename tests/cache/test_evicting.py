@@ -1,6 +1,8 @@
 """The cache that evicts: exact at a full budget, equal to hiding, rows independent, memory freed, undone exactly."""
 
 import gc
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 import tokenwise as tw
 from tokenwise.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reduction"))
+import small_vision_language
 
 pytestmark = pytest.mark.usefixtures("no_gradient")
 
@@ -29,10 +34,11 @@ METHODS = {
 ALLOCATIONS = ("evenly", "pyramid", "heads", "layers_and_heads")
 
 
-def generate(model, ids, cache=None, **options):
+def generate(model, ids=None, cache=None, **options):
     options = {"max_new_tokens": 6, "do_sample": False, **options}
+    options = options if ids is None else {"input_ids": ids, **options}
     return model.generate(
-        ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
+        past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
     )
 
 
@@ -131,6 +137,22 @@ def test_a_prompt_read_in_pieces_and_held_is_as_in_one(method):
         assert all(torch.equal(whole.kept(index), pieces.kept(index)) for index in range(3))
         one, other = (model(ids[:, 40:], past_key_values=cache).logits for cache in (whole, pieces))
         assert float((one - other).abs().max()) < 1e-5
+
+
+def test_generating_from_a_prompt_read_in_pieces():
+    model, ids = decoder(), prompt(40)
+    with tw.evict(model, METHODS["h2o"]()) as whole, tw.evict(model, METHODS["h2o"]()) as pieces:
+        one = generate(model, ids, whole)
+        with pieces.held():
+            other = generate(model, ids, pieces, prefill_chunk_size=16)
+        assert difference(one, other) < 1e-5
+    with tw.evict(model, METHODS["h2o"]()) as cache:
+        sizes = []
+        hook = model.model.layers[0].register_forward_pre_hook(lambda *args: sizes.append(cache.layers[0].stored))
+        generate(model, ids, cache, prefill_chunk_size=16, max_new_tokens=1)
+        hook.remove()
+        # Not held, every piece is evicted from: 8 of 16, 16 of 32.
+        assert sizes == [0, 8, 16]
 
 
 def test_many_budgets_from_one_prompt():
@@ -272,3 +294,23 @@ def test_bf16():
     with tw.evict(model, METHODS["h2o"](allocate="heads")) as cache:
         generate(model, ids, cache)
         assert cache.layers[0].flat_keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "qwen3_vl", "paligemma"])
+def test_the_language_part_of_a_vision_language_model(kind):
+    model = small_vision_language.vision_language(kind)
+    rows = [["a", 5], ["a", 8]] if kind == "paligemma" else [[3, "a", 2], [4, "a", 6]]
+    batch = small_vision_language.batch_for(kind, model, rows)
+
+    def answers(cache):
+        return generate(model, cache=cache, eos_token_id=None, **batch)
+
+    stock = answers(None)
+    for method in (METHODS["snap_kv"](queries=4), METHODS["h2o"](recent=2, allocate="heads")):
+        with tw.evict(model, method.replace(keep=1.0)) as cache:
+            assert difference(stock, answers(cache)) == 0
+        with tw.evict(model, method) as cache, tw.evict(model, method, masked=True) as hidden:
+            found = answers(cache)
+            assert difference(found, answers(hidden)) < 1e-5
+            assert difference(found, stock) > 1e-3
+            assert cache.stats["tokens_stored"] < 0.6 * cache.stats["tokens_seen"]

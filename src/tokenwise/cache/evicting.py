@@ -60,7 +60,10 @@ class EvictingCache(Cache, Handle):
         mine = weakref.ref(self)
         for index in self._places:
             self.on_undo(listen(attentions[index], _listener(mine, index)))
-        hook = model.register_forward_pre_hook(_repairer(mine))
+        # Its innermost module, which is called however the model is.
+        whole: Any = model
+        inner = whole.get_decoder() if hasattr(model, "get_decoder") else model
+        hook = inner.register_forward_pre_hook(_beginner(mine), with_kwargs=True)
         self.on_undo(hook.remove)
         weakref.finalize(self, self._undos.close)
 
@@ -129,16 +132,16 @@ class EvictingCache(Cache, Handle):
 
     @contextmanager
     def held(self) -> Iterator[Self]:
-        """Evict nothing while inside: a prompt read in pieces is evicted from at the end, as if read in one piece."""
+        """Evict nothing while a prompt is read in pieces, and then as if it had been read in one: when the block is
+        left, or before the first pass of a single token, so that it may stand around `generate` with
+        ``prefill_chunk_size``."""
         self._held = True
         try:
             yield self
+            if self._held:
+                self._release()
         finally:
             self._held = False
-        with torch.no_grad():
-            for index in self._places:
-                if self._selective(index).seen:
-                    self._evict(index)
 
     def with_keep(self, keep: float | str) -> EvictingCache:
         """The cache as it would be with another budget; keys and values are shared, not copied.
@@ -195,6 +198,19 @@ class EvictingCache(Cache, Handle):
 
     def _thinned(self, layer: SelectiveLayer) -> bool:
         return layer.stored != layer.seen or layer.real is not None
+
+    def _begin(self, tokens: int) -> None:
+        """Before a pass of so many tokens through the model."""
+        self._repair()
+        if tokens == 1 and self._held and self.get_seq_length():
+            self._release()
+
+    @torch.no_grad()
+    def _release(self) -> None:
+        self._held = False
+        for index in self._places:
+            if self._selective(index).seen:
+                self._evict(index)
 
     def _repair(self) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
@@ -518,13 +534,14 @@ def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
     return hear
 
 
-def _repairer(cache: weakref.ref[EvictingCache]) -> Any:
-    def repair(module: nn.Module, args: Any) -> None:
+def _beginner(cache: weakref.ref[EvictingCache]) -> Any:
+    def begin(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         found = cache()
-        if found is not None:
-            found._repair()
+        if found is not None and options.get("past_key_values") == found:
+            given = [*args[:1], options.get("input_ids"), options.get("inputs_embeds")]
+            found._begin(next((tokens.shape[1] for tokens in given if tokens is not None), 0))
 
-    return repair
+    return begin
 
 
 def _layers(model: nn.Module) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +108,18 @@ def cached_attentions(model: Any) -> dict[int, nn.Module]:
         module.layer_idx: module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
-        and getattr(module, "is_causal", False)
         and hasattr(getattr(module, "config", None), "_attn_implementation")
+        and not {"past_key_values", "layer_past"}.isdisjoint(inspect.signature(module.forward).parameters)
+        # A prompt may be read in both directions, as PaliGemma does: but what generates goes forward.
+        and (getattr(module, "is_causal", False) or hasattr(model, "generate"))
     }
     if not found:
         raise InputError(
             Problem(
                 "model",
                 f"{type(model).__name__} has no attention that is known to write to a cache.",
-                "Its attention modules must have a layer_idx, be causal, and call the function that transformers' "
-                "AttentionInterface gives for config._attn_implementation.",
+                "Its attention modules must have a layer_idx, be causal, take past_key_values and call the function that "
+                "transformers' AttentionInterface gives for config._attn_implementation.",
             )
         )
     return found
