@@ -116,6 +116,8 @@ class VisionLanguageModel:
     def __init__(self, model: Any):
         self.model = model
         self.config = model.config
+        self.timed: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda record: record
+        """Wraps what records the signals of the vision tower, so that its time can be taken."""
 
     @property
     def inner(self) -> Any:
@@ -174,7 +176,8 @@ class VisionLanguageModel:
             calls: dict[Signal, list[Tensor]] = {signal: [] for signal in signals}
             with ExitStack() as stack:
                 for signal in attended:
-                    stack.callback(listen(modules[signal.layer], self._recorder(signal, calls[signal])))
+                    record = self.timed(self._recorder(signal, calls[signal]))
+                    stack.callback(listen(modules[signal.layer], record))
                 if PROJECTOR_INPUTS in calls:
                     assert projector is not None
                     stack.callback(projector.register_forward_pre_hook(_keeper(calls[PROJECTOR_INPUTS])).remove)

@@ -332,6 +332,8 @@ class InputReduction(Handle):
     """A vision-language model that reads fewer image tokens, until `undo`.
 
     Attributes:
+        layout: the model's layout.
+        method: the method.
         stats: ``batches``, and over all of them ``image_tokens_before`` and ``image_tokens_after``.
         kept: rows of each image that stayed, of the last batch; videos after images.
     """
@@ -343,6 +345,7 @@ class InputReduction(Handle):
         other = conflict(model, "input")
         if other is not None:
             raise InputError(other)
+        self.layout, self.method = layout, method
         self.kept: list[Tensor] = []
         forward, generate = model.forward, model.generate
         signature = inspect.signature(forward)
@@ -350,7 +353,7 @@ class InputReduction(Handle):
         shortened: WeakSet[Any] = WeakSet()
 
         def pruned(inputs: dict[str, Any], padding: Literal["left", "right"] | None = None) -> Pruned:
-            found = prune(layout, inputs, method, positions=positions, padding=padding, masked=masked)
+            found = prune(layout, inputs, self.method, positions=positions, padding=padding, masked=masked)
             self.kept = found.kept
             for name, value in (("batches", 1), ("image_tokens_before", found.before)):
                 self.stats[name] = self.stats.get(name, 0) + value
