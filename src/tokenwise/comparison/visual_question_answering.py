@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tokenwise.comparison.clock import Clock, now
 from tokenwise.comparison.memory import PeakMemory
-from tokenwise.comparison.pictures import selection_of
+from tokenwise.comparison.pictures import selected, selection_of
 from tokenwise.comparison.quality import QuestionQuality
 from tokenwise.comparison.questions import Questions
 from tokenwise.comparison.records import Costs, Job, Result
@@ -277,19 +277,15 @@ def _example(asked: _Asked, written: list[str]) -> dict[str, list[Any]] | None:
         before = int(asked.layout.places(batch["input_ids"]).sum())
         with asked.reduced() as handle:
             asked.prefill(batch)
-        picture = selection_of(_kept(handle, before), before, asked.model, pixels, asked.questions.picture(index))
+        picture = selection_of(_group(handle, before), asked.model, pixels, asked.questions.picture(index))
         if picture is not None:
             texts = {"question": asked.questions.questions[index], "label": asked.questions.answers[index]}
             drawn.append({**picture, **texts, "prediction": written[index]})
     return {"pictures": drawn} if drawn else None
 
 
-def _kept(handle: Any, before: int) -> Tensor:
-    """Which image tokens are left in the last layer, [kept]."""
+def _group(handle: Any, before: int) -> Tensor:
+    """Which of the tokens that are left in the last layer each image token is in, [before]; -1 where it is in none."""
     if isinstance(handle, InputReduction):
-        return handle.kept[0]
-    if isinstance(handle, DecoderReduction):
-        assert handle.last is not None
-        places = handle.last.candidates[0].nonzero().squeeze(1)
-        return torch.isin(places, handle.last.index[0]).nonzero().squeeze(1)
-    return torch.arange(before)
+        return handle.group[0]
+    return selected(handle.kept[0], before) if isinstance(handle, DecoderReduction) else torch.arange(before)

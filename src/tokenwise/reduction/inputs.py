@@ -34,6 +34,8 @@ class Pruned:
     Args:
         batch: what the model is to be called with.
         kept: rows of each image that stayed, in the order of the images.
+        group: for each image and each of its rows the one of those that stayed it went into, or weighs most in; -1
+            where it was dropped.
         before: image tokens of the whole batch before.
         after: image tokens of the whole batch after.
         images: what the method saw.
@@ -41,6 +43,7 @@ class Pruned:
 
     batch: dict[str, Any]
     kept: list[Tensor]
+    group: list[Tensor]
     before: int
     after: int
     images: list[EncodedImage]
@@ -104,11 +107,13 @@ def prune(
                 )
             )
     features, kept, deeper = [], [], []
+    group: list[Tensor] = []
     for image, count in zip(encoded.images, method.counts_of(encoded.images), strict=True):
         if count >= image.features.shape[0]:
             features.append(image.features)
             deeper.append(image.deeper)
             kept.append(torch.arange(image.features.shape[0], device=image.features.device))
+            group.append(kept[-1])
             continue
         if count < 1:
             raise InputError(
@@ -120,6 +125,7 @@ def prune(
         )
         deeper.append(tuple(_changed(values, change, masked) for values in image.deeper))
         kept.append(change.kept[0])
+        group.append(_group(change, image.features.shape[0]))
     before, after = sum(rows), sum(part.shape[0] for part in kept)
     stays = torch.ones_like(input_ids, dtype=torch.bool)
     for modality, place in places.items():
@@ -142,7 +148,16 @@ def prune(
         made = {name: value for name, value in made.items() if name not in layout.grids}
         made |= _hidden(layout, inputs, stays) if masked else _compacted(layout, inputs, stays, positions, padding)
     made["mm_encoder_outputs"] = layout.replace(encoded, features, deeper)
-    return Pruned(made, kept, before, after, encoded.images)
+    return Pruned(made, kept, group, before, after, encoded.images)
+
+
+def _group(change: Merge | Mixture, rows: int) -> Tensor:
+    """The output row that each of an image's rows is in, [rows], int64; -1 where it is in none."""
+    if isinstance(change, Mixture):
+        weight, found = change.mixing[0].abs().max(0)
+        return found.masked_fill(weight == 0, -1)
+    moved = change.moved()[0]
+    return torch.nn.functional.pad(moved, (0, rows - moved.shape[0]), value=-1)
 
 
 def _changed(values: Tensor, change: Merge | Mixture, masked: bool) -> Tensor:
@@ -336,6 +351,7 @@ class InputReduction(Handle):
         method: the method.
         stats: ``batches``, and over all of them ``image_tokens_before`` and ``image_tokens_after``.
         kept: rows of each image that stayed, of the last batch; videos after images.
+        group: for each of its rows the one of those that stayed it went into, as in `Pruned`.
     """
 
     def __init__(self, model: Any, method: InputReducer, positions: Positions = "original", *, masked: bool = False):
@@ -347,6 +363,7 @@ class InputReduction(Handle):
             raise InputError(other)
         self.layout, self.method = layout, method
         self.kept: list[Tensor] = []
+        self.group: list[Tensor] = []
         forward, generate = model.forward, model.generate
         signature = inspect.signature(forward)
         # Caches that hold fewer tokens than the ids they were made from.
@@ -354,7 +371,7 @@ class InputReduction(Handle):
 
         def pruned(inputs: dict[str, Any], padding: Literal["left", "right"] | None = None) -> Pruned:
             found = prune(layout, inputs, self.method, positions=positions, padding=padding, masked=masked)
-            self.kept = found.kept
+            self.kept, self.group = found.kept, found.group
             for name, value in (("batches", 1), ("image_tokens_before", found.before)):
                 self.stats[name] = self.stats.get(name, 0) + value
             self.stats["image_tokens_after"] = self.stats.get("image_tokens_after", 0) + found.after
