@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--keep",
         metavar="K",
-        help="what stays, such as 0.5, '64 tokens' or, where layers are reduced, '0.6 flops' (default: the method's)",
+        help="what stays, such as 0.5, '64 tokens' or '0.6 flops' (default: the method's)",
     )
     add_fields(parser, "r=8")
     parser.add_argument("--question", metavar="TEXT", help="what to ask a vision-language model about each image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
 import inspect
@@ -15,8 +16,17 @@ from torch import Tensor, nn
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
+from tokenwise.models.decoders import find_decoder
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.vision_language import PROJECTOR_INPUTS, EncodedImage, VisionLanguageModel, vision_language_model
+from tokenwise.models.vision_language import (
+    PROJECTOR_INPUTS,
+    Encoded,
+    EncodedImage,
+    Modality,
+    VisionLanguageModel,
+    vision_language_model,
+)
+from tokenwise.policies.plans import Shape
 from tokenwise.reduction.active import claim, conflict
 from tokenwise.reduction.base import InputReducer
 from tokenwise.reduction.merge import Merge, Mixture
@@ -108,7 +118,7 @@ def prune(
             )
     features, kept, deeper = [], [], []
     group: list[Tensor] = []
-    for image, count in zip(encoded.images, method.counts_of(encoded.images), strict=True):
+    for image, count in zip(encoded.images, _counts(layout, method, inputs, encoded, places), strict=True):
         if count >= image.features.shape[0]:
             features.append(image.features)
             deeper.append(image.deeper)
@@ -149,6 +159,71 @@ def prune(
         made |= _hidden(layout, inputs, stays) if masked else _compacted(layout, inputs, stays, positions, padding)
     made["mm_encoder_outputs"] = layout.replace(encoded, features, deeper)
     return Pruned(made, kept, group, before, after, encoded.images)
+
+
+def _counts(
+    layout: VisionLanguageModel,
+    method: InputReducer,
+    inputs: Mapping[str, Any],
+    encoded: Encoded,
+    places: Mapping[Modality, Tensor],
+) -> list[int]:
+    """Rows of each image that stay; where `keep` is a share of the operations, as many of each prompt's as fit."""
+    if not (isinstance(method.keep, str) and method.keep.endswith("flops")):
+        return method.counts_of(encoded.images)
+    try:
+        decoder = find_decoder(layout.model)
+    except InputError as error:
+        message = f"{method.keep!r} cannot be counted: {error.problems[0].message}"
+        fix = 'Write the share of image tokens, such as 0.4, or "128 tokens".'
+        raise InputError(Problem(f"{type(method).__name__}.keep", message, fix)) from None
+    shape = Shape(0, len(decoder.layers), 0, decoder.width, decoder.hidden_width, True, decoder.key_width)
+    lengths = _mask(inputs, inputs["input_ids"]).bool().sum(1).tolist()
+    counts = [0] * len(encoded.images)
+    for length, own in zip(lengths, _images_of_rows(encoded, places), strict=True):
+        if own:
+            found = _fit(method, [encoded.images[index] for index in own], length, shape)
+            for index, count in zip(own, found, strict=True):
+                counts[index] = count
+    return counts
+
+
+def _fit(method: InputReducer, images: list[EncodedImage], length: int, shape: Shape) -> list[int]:
+    """The most rows of one prompt's images with which its operations are the share that `keep` says.
+
+    Args:
+        length: tokens of the prompt, those of the images among them.
+        shape: of the language model's layers.
+    """
+    whole = sum(len(image.features) for image in images)
+
+    def counts(total: int) -> list[int]:
+        return method.replace(keep=total / whole).counts_of(images)
+
+    def cost(total: int) -> float:
+        tokens = [length - whole + sum(counts(total))] * shape.layers
+        return float(shape.macs(tokens, tokens) / shape.macs([length] * shape.layers, [length] * shape.layers))
+
+    # More tokens never cost less.
+    most = bisect.bisect_right(range(1, whole + 1), float(str(method.keep).split()[0]), key=cost)
+    if not most:
+        message = f"{method.keep!r} is less than the share of {cost(1):.3f} that the text and one token of each "
+        message += "image take."
+        raise InputError(Problem(f"{type(method).__name__}.keep", message, "Keep more."))
+    return counts(most)
+
+
+def _images_of_rows(encoded: Encoded, places: Mapping[Modality, Tensor]) -> list[list[int]]:
+    """The images whose placeholders each row of the batch has."""
+    rows: list[list[int]] = [[] for _ in range(len(next(iter(places.values()))))]
+    for modality, place in places.items():
+        ends = place.sum(1).cumsum(0).tolist()
+        taken = 0
+        for index, image in enumerate(encoded.images):
+            if image.modality == modality:
+                rows[bisect.bisect_right(ends, taken)].append(index)
+                taken += len(image.features)
+    return rows
 
 
 def _group(change: Merge | Mixture, rows: int) -> Tensor:
