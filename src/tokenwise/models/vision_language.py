@@ -50,7 +50,7 @@ class EncodedImage:
         signals: what was recorded, one row for each of `features`: [tokens] or [tokens, channels], fp32; NaN where a
             row is no patch (the newline of tiled images). Where patches are merged into one row, their mean.
         patch: which rows are patches, [tokens], bool.
-        grid: (rows, columns) of patches where they are one grid; else None.
+        grid: (rows, columns) of patches where they are one grid, or one such for each frame; else None.
         tile: the tile, or frame, of each row, [tokens], int64, -1 where a row is no patch; None for images of one
             tile.
         tile_grid: (rows, columns) of the tiles 1, 2, ... that make up the image beside its overview, tile 0; else None.
