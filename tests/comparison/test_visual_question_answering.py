@@ -191,6 +191,11 @@ def test_the_report_draws_what_was_kept_beside_question_and_answer(compared, tmp
     assert "in blocks" not in page
 
 
+def test_a_share_of_the_operations_is_a_budget_at_both_sites(tmp_path):
+    plan = read_plan(question_plan(tmp_path, budget={"unit": "flops", "amounts": [0.8]}))
+    assert [entry.method.keep for entry in plan.entries[1:]] == ["0.8 flops"] * 4
+
+
 def test_results_are_read_as_they_were_written(compared, tmp_path):
     _, _, results, _, _ = compared
     results[0].write(tmp_path / "result.json")
@@ -244,7 +249,6 @@ def test_bad_questions_are_named_with_their_rows(tmp_path):
     [
         ({"methods": ["tome"]}, "works at the site 'encoder'"),
         ({"methods": [{"fast_v": {"layer": 2}}]}, "in which all stay, 2 of 3"),
-        ({"budget": {"unit": "flops", "amounts": [0.5]}}, "cannot be given 0.5 of the FLOPs"),
         ({"task": {"model": "./nowhere"}}, "task.model"),
         ({"task": {"batch_size": 3}}, "task.batch_size"),
     ],
