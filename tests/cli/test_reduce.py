@@ -50,6 +50,7 @@ def test_an_image_before_and_after(folder, monkeypatch, capsys):
         (["--method", "dft", "0.png"], "is no token reduction"),
         (["--method", "tome", "--keep", "2", "0.png"], "whole number is ambiguous"),
         (["--method", "tome", "0.png", "1.png", "--out", "a.png"], "one file for several images"),
+        (["--method", "tome", "0.png", "--out", "a.jpg"], "'.jpg' is not written. Name a .png file"),
     ],
 )
 def test_what_cannot_be_used_is_said(folder, monkeypatch, capsys, arguments, expected):

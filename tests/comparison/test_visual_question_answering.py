@@ -13,6 +13,7 @@ from small_images import image
 from small_questions import TEMPLATE, WORDS, question_plan, question_rows, speaker
 from tokenwise.comparison import visual_question_answering
 from tokenwise.comparison.answer import conclude
+from tokenwise.comparison.clock import Clock
 from tokenwise.comparison.plan import read_plan
 from tokenwise.comparison.questions import Questions, read_questions
 from tokenwise.comparison.records import Result
@@ -118,6 +119,52 @@ def test_tokens_that_leave_inside_the_language_model_leave_its_cache(compared):
     assert costs.flops < dense.flops
 
 
+def test_what_looking_for_tokens_takes_stands_beside_the_time(compared):
+    _, _, results, _, _ = compared
+    assert of(results, "dense").costs.scoring_seconds is None
+    for label in ("faster_vlm", "fast_v", "random", "random_decoder"):
+        assert of(results, label).costs.scoring_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "looks"),
+    [
+        (tw.FasterVLM(keep=0.5), {"record", "counts_of", "select"}),
+        (tw.DivPrune(keep=0.5), {"counts_of", "select"}),
+        (tw.FastV(keep=0.5, layer=1), {"start", "see_attention", "choose"}),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_everything_that_a_method_looks_at_is_timed(compared, monkeypatch, method, looks):
+    folder, _, _, _, _ = compared
+    model, inputs, _, _ = asked(folder, 0)
+    timed = Clock.timed
+    seen = set()
+
+    def noted(self, function):
+        def call(*args):
+            seen.add(function.__name__)
+            return function(*args)
+
+        return timed(self, call)
+
+    monkeypatch.setattr(Clock, "timed", noted)
+
+    class One:
+        questions = ("which colour is it:",)
+
+        def picture(self, index):
+            return image(index)
+
+        def __len__(self):
+            return 1
+
+    subject = visual_question_answering._Asked(model, inputs, One(), method, 1)
+    with torch.no_grad():
+        assert visual_question_answering._scoring(subject) > 0
+    assert seen == looks
+
+
 def test_what_is_kept_does_not_follow_from_the_answer(compared):
     folder, _, results, _, _ = compared
     quality = of(results, "fast_v").quality
@@ -140,7 +187,13 @@ def test_the_report_draws_what_was_kept_beside_question_and_answer(compared, tmp
     assert page.count("data:image/png;base64,") == 5 * visual_question_answering.EXAMPLES
     assert "which colour is it:" in page
     assert "Key-value cache" in page
+    assert page.count(" scoring</") == 4
     assert "in blocks" not in page
+
+
+def test_a_share_of_the_operations_is_a_budget_at_both_sites(tmp_path):
+    plan = read_plan(question_plan(tmp_path, budget={"unit": "flops", "amounts": [0.8]}))
+    assert [entry.method.keep for entry in plan.entries[1:]] == ["0.8 flops"] * 4
 
 
 def test_results_are_read_as_they_were_written(compared, tmp_path):
@@ -196,7 +249,6 @@ def test_bad_questions_are_named_with_their_rows(tmp_path):
     [
         ({"methods": ["tome"]}, "works at the site 'encoder'"),
         ({"methods": [{"fast_v": {"layer": 2}}]}, "in which all stay, 2 of 3"),
-        ({"budget": {"unit": "flops", "amounts": [0.5]}}, "cannot be given 0.5 of the FLOPs"),
         ({"task": {"model": "./nowhere"}}, "task.model"),
         ({"task": {"batch_size": 3}}, "task.batch_size"),
     ],

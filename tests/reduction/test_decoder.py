@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from small_models import llama, llava, pictures, spread, vision
+from small_vision_language import vision_language
 
 import tokenwise as tw
 from tokenwise.errors import InputError
@@ -191,7 +192,7 @@ def test_a_second_turn_sees_what_is_left():
             options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             found.append(model(input_ids=following, **options).logits)
             with pytest.raises(InputError, match="behind tokens that are already in the cache"):
-                model(input_ids=torch.full((2, 1), IMAGE), past_key_values=cache)
+                model(input_ids=torch.full((2, 2), IMAGE), past_key_values=cache)
     assert torch.allclose(*found, atol=1e-5)
 
 
@@ -274,6 +275,8 @@ def test_what_cannot_work_is_refused_before_the_first_layer():
             model(input_ids=inputs["input_ids"], attention_mask=torch.ones(2, 1, 14, 14))
     with pytest.raises(InputError, match="no decoder of a known layout"):
         tw.reduce(vision("vit"), tw.FastV())
+    with pytest.raises(InputError, match=r"not causal\. Use a method for the input, such as div_prune"):
+        tw.reduce(vision_language("paligemma"), tw.FastV())
     config = transformers.MistralConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -324,6 +327,39 @@ def test_other_decoders(kind):
     with tw.reduce(model, METHODS["pyramid_drop"](), masked=True):
         assert torch.allclose(model(**inputs).logits[left], fast[left], atol=1e-5)
     assert not torch.allclose(dense[left], fast[left], atol=1e-2)
+
+
+@torch.no_grad()
+def test_rotary_positions_in_one_complex_tensor():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.DeepseekV2Config(
+        vocab_size=100, num_key_value_heads=4, pad_token_id=0, first_k_dense_replace=4, **sizes, **latent
+    )
+    model, inputs = spread(transformers.DeepseekV2ForCausalLM(config), 2), text("left")
+    with tw.reduce(model, METHODS["fast_v"]()) as handle:
+        fast = model(**inputs).logits
+        left = shown(handle, 14)
+    with tw.reduce(model, METHODS["fast_v"](), masked=True):
+        assert torch.allclose(model(**inputs).logits[left], fast[left], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_placeholder_that_the_model_writes_is_a_word():
+    model, inputs = CASES["llava left"]()
+    with tw.reduce(model, METHODS["fast_v"]()):
+        found = []
+        for token in (IMAGE, 5):
+            cache = transformers.DynamicCache(config=model.config.get_text_config())
+            model(**inputs, past_key_values=cache)
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            ids = torch.full((2, 1), token)
+            found.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
+        assert not torch.equal(*found)
+        more = {"attention_mask": mask, "past_key_values": cache, "pixel_values": inputs["pixel_values"][:2]}
+        with pytest.raises(InputError, match="holds images behind tokens"):
+            model(input_ids=torch.full((2, 1), IMAGE), **more)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

@@ -96,7 +96,8 @@ def test_the_fitted_plan_is_the_largest_within_the_share():
     assert fit_macs(plan, 0.3, shape, 20) == (None, min(shares.values()))
 
 
-def test_at_the_input_it_is_refused_with_what_to_write():
-    with pytest.raises(InputError, match=r"text beside the image; write the share of image tokens"):
-        tw.FasterVLM(keep="0.4 flops")
+def test_methods_for_the_input_read_it_too():
+    assert tw.FasterVLM(keep="0.40 flops").keep == tw.reduction.PruMerge(keep="0.4 flops").keep == "0.4 flops"
     assert tw.reduction.PruMerge(keep="adaptive").keep == "adaptive"
+    with pytest.raises(InputError, match="'2 flops' is not an amount"):
+        tw.FasterVLM(keep="2 flops")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from small_models import VISION, pictures, vision
+from small_models import VISION, pictures, spread, vision
 
 import tokenwise as tw
 from tokenwise.errors import InputError
@@ -108,3 +108,68 @@ def test_what_cannot_be_reduced_is_refused():
         tw.reduce(llama, tw.ToMe())
     with pytest.raises(InputError, match="no token reducer"):
         tw.reduce(llama, tw.Uniform())
+    with pytest.raises(InputError, match="model: NoneType is no model"):
+        tw.reduce(None, tw.ToMe())
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+PATCHES = {"image_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.DINOv3ViTConfig(**SMALL, **PATCHES),  # rotary positions
+        transformers.YolosConfig(**SMALL, image_size=[32, 32], patch_size=8),  # tokens of its own behind the patches
+        transformers.VideoMAEConfig(**SMALL, **PATCHES),
+        transformers.OwlViTConfig(vision_config={**SMALL, **PATCHES}, text_config={**SMALL, "vocab_size": 50}),
+        transformers.MobileBertConfig(**{**SMALL, "vocab_size": 50}),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_is_built_alike_and_works_otherwise_is_refused(config):
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    with pytest.raises(InputError, match="no encoder of a known layout"):
+        tw.reduce(model, tw.ToMe())
+
+
+def test_maps_of_features_are_refused():
+    config = transformers.Dinov2Config(mlp_ratio=2, **PATCHES, **SMALL)
+    backbone = spread(transformers.AutoBackbone.from_config(config))
+    wrapped = torch.nn.Sequential(backbone)
+    for model in (backbone, wrapped):
+        with pytest.raises(InputError, match="Dinov2Backbone answers for every token"):
+            tw.reduce(model, tw.ToMe())
+    with torch.no_grad(), tw.reduce(backbone, tw.ToMe(keep=0.5), masked=True):
+        assert backbone(pictures()).feature_maps[0].shape == (2, 32, 4, 4)
+
+
+@torch.no_grad()
+def test_hidden_states_of_a_part_called_by_itself_are_refused():
+    config = transformers.CLIPConfig(
+        vision_config={**SMALL, **PATCHES},
+        text_config={**SMALL, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2},
+    )
+    model = spread(transformers.CLIPModel(config))
+    with tw.reduce(model, tw.ToMe(keep=0.5)) as handle:
+        for _ in range(2):
+            with pytest.raises(InputError, match="output_hidden_states: asks for the tokens after every block"):
+                model.get_image_features(pictures(), output_hidden_states=True)
+            model.get_image_features(pictures())
+    assert handle.stats["passes"] == 2
+
+
+@torch.no_grad()
+def test_a_tower_with_placeholders_elsewhere_is_refused():
+    text = {**SMALL, "vocab_size": 100, "num_key_value_heads": 2, "head_dim": 8}
+    config = transformers.Gemma3Config(
+        vision_config={**SMALL, **PATCHES}, text_config=text, mm_tokens_per_image=4, image_token_index=98
+    )
+    model = spread(transformers.Gemma3ForConditionalGeneration(config), 1)
+    ids = torch.tensor([[5, 98, 98, 98, 98, 6]])
+    with (
+        tw.reduce(model, tw.ToMe(keep=0.5)),
+        pytest.raises(InputError, match="placeholder for each token of its vision tower"),
+    ):
+        model(input_ids=ids, pixel_values=pictures(1), token_type_ids=(ids == 98).long())

@@ -221,6 +221,8 @@ def test_flow_cut_needs_blocks_to_cut_in():
         run(model, {"pixel_values": pictures()})
     with pytest.raises(InputError, match="none besides the 1 protected"):
         tw.reduce(vision("vit"), tw.FlowCut(keep="1 tokens"))
+    with pytest.raises(InputError, match=r"FlowCut\.keep: '0\.5 flops' is a share of the operations"):
+        tw.FlowCut(keep="0.5 flops")
 
 
 def test_turbo_without_attention_is_tome():

@@ -92,7 +92,7 @@ def test_rows_are_those_of_the_explicit_matrix(name):
     pruned = prune(layout, inputs, method)
     projector = copy.deepcopy(model.model.multi_modal_projector).double()
     found = pruned.batch["mm_encoder_outputs"]["image"].pooler_output
-    for image, rows, kept in zip(encoded.images, found, pruned.kept, strict=True):
+    for image, rows, kept, group in zip(encoded.images, found, pruned.kept, pruned.group, strict=True):
         matrix = method.select(image, 4).matrix(torch.ones(1, 16))[0]
         if method.before_projector:
             expected = projector(matrix @ image.signals[PROJECTOR_INPUTS].double())
@@ -100,6 +100,10 @@ def test_rows_are_those_of_the_explicit_matrix(name):
             expected = matrix @ image.features.double()
         torch.testing.assert_close(rows.double(), expected, atol=1e-5, rtol=1e-5)
         assert (kept.diff() > 0).all()
+        most = matrix.abs().amax(0)
+        assert (group == -1).eq(most == 0).all()
+        assert matrix.abs()[group.clamp_min(0), torch.arange(16)].eq(most).all()
+        assert name not in ("average_pool", "vq_token", "pru_merge") or (group >= 0).all()
     assert pruned.after == 8
     assert torch.isfinite(model(**pruned.batch).logits).all()
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from small_models import llava, pictures
+from small_vision_language import ROWS, batch_for, vision_language
 
 import tokenwise as tw
 from tokenwise.errors import InputError
+from tokenwise.policies.plans import Shape
 
 METHODS = {
     "faster_vlm": lambda keep: tw.FasterVLM(keep=keep),
@@ -99,6 +101,43 @@ def test_the_kept_patches_have_the_largest_attention():
     with tw.reduce(model, tw.FasterVLM(keep=0.25)) as handle, torch.no_grad():
         model(**inputs)
     assert torch.equal(torch.stack(handle.kept), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("share", [0.8, 0.65])
+@torch.no_grad()
+def test_as_many_operations_as_are_left(share, padded):
+    model, inputs = llava(), batch(padded)
+    # One row with two images, and one with one.
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.full((2, 16), 5)], 1)
+    inputs["input_ids"][1, 22:] = 98
+    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 16), value=1)
+    inputs["pixel_values"] = pictures(3)
+    with tw.reduce(model, tw.DivPrune(keep=f"{share} flops")) as handle:
+        model(**inputs)
+    shape = Shape(0, 2, 0, 32, 64, True, 16)
+
+    def macs(tokens):
+        return shape.macs([tokens] * 2, [tokens] * 2)
+
+    for row, images in enumerate(([0], [1, 2])):
+        tokens = int(inputs["attention_mask"][row].sum())
+        kept = sum(len(handle.kept[image]) for image in images)
+        left = tokens - 16 * len(images) + kept
+        assert macs(left) <= share * macs(tokens) < macs(left + len(images))
+        assert 0 < kept < 16 * len(images)
+
+
+def test_a_share_of_operations_that_the_text_takes_is_refused():
+    model, inputs = llava(), batch()
+    with pytest.raises(
+        InputError, match=r"DivPrune\.keep: '0\.1 flops' is less than the share of 0\.\d+ that the text"
+    ):
+        tw.prune_inputs(model, inputs, tw.DivPrune(keep="0.1 flops"))
+    model = vision_language("paligemma")
+    inputs = batch_for("paligemma", model, ROWS["several images"])
+    with pytest.raises(InputError, match=r"cannot be counted: .*Write the share of image tokens"):
+        tw.prune_inputs(model, inputs, tw.DivPrune(keep="0.5 flops"))
 
 
 def test_bad_input_is_refused():

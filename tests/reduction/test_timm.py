@@ -134,6 +134,37 @@ def test_what_cannot_be_reduced_is_refused():
         tw.reduce(timm_model("rope", use_post_norm=True), tw.ToMe())
 
 
+@pytest.mark.parametrize("kind", ["registers", "rope"])
+def test_tokens_of_every_block_are_refused(kind):
+    model, images = timm_model(kind), pictures()
+    dense = model.forward_intermediates(images, output_fmt="NLC")[1]
+    with torch.no_grad(), tw.reduce(model, tw.ToMe(keep=0.5)) as handle:
+        for options in ({}, {"output_fmt": "NLC"}):
+            with pytest.raises(InputError, match="forward_intermediates: asks for the tokens after every block"):
+                model.forward_intermediates(images, **options)
+        assert model.forward_features(images).shape[1] == handle.stats["tokens_after"] < 40
+    assert "forward_intermediates" not in vars(model)
+    for options in ({"keep": 1.0}, {"keep": 0.5, "masked": True}):
+        with torch.no_grad(), tw.reduce(model, tw.ToMe(keep=options.pop("keep")), **options):
+            found = model.forward_intermediates(images, output_fmt="NLC")[1]
+        assert [part.shape for part in found] == [part.shape for part in dense]
+
+
+def test_gradient_checkpointing_is_refused_where_there_are_gradients():
+    model, images = timm_model(), pictures()
+    model.set_grad_checkpointing()
+    with tw.reduce(model, tw.ToMe(keep=0.5)) as handle:
+        for mode in (True, False):
+            with pytest.raises(InputError, match=r"checkpoints gradients.*set_grad_checkpointing\(False\)"):
+                model.train(mode)(images)
+        with torch.no_grad():
+            assert model(images).shape == (2, 5)
+        model.set_grad_checkpointing(False)
+        model(images).sum().backward()
+    assert handle.stats["passes"] == 2
+    assert model.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
 def test_attention_that_is_not_called_is_an_error():
     module = torch.nn.Linear(3, 3)
     stop = listen(module, lambda call: None)

@@ -346,7 +346,11 @@ def test_tiles_and_grids():
     model = model_of("qwen2_vl")
     picture, film = vision_language_model(model).encode(batch_for("qwen2_vl", model, [[1, "a", 2, "v", 1]])).images
     assert (picture.grid, picture.tile, picture.modality) == ((2, 3), None, "image")
-    assert (film.grid, film.tile.tolist(), film.modality) == (None, [0] * 6 + [1] * 6, "video")
+    assert (film.grid, film.tile.tolist(), film.modality) == ((2, 3), [0] * 6 + [1] * 6, "video")
+    for method in (tw.reduction.Grid(keep=0.5), tw.reduction.AveragePool(keep=0.5)):
+        kept = method.select(film, 6).kept[0]
+        assert kept.tolist() == [row + start for start in (0, 6) for row in kept[:3].tolist()]
+        assert len({row // 3 for row in kept[:3].tolist()}) == 1
 
 
 @pytest.mark.parametrize("kind", VIDEOS)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from tokenwise.comparison.reduction_trial import Trial
 
 
+_OTHER_PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html")
+
+
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand to the command line."""
     parser = commands.add_parser(
@@ -29,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--keep",
         metavar="K",
-        help="what stays, such as 0.5, '64 tokens' or, where layers are reduced, '0.6 flops' (default: the method's)",
+        help="what stays, such as 0.5, '64 tokens' or '0.6 flops' (default: the method's)",
     )
     add_fields(parser, "r=8")
     parser.add_argument("--question", metavar="TEXT", help="what to ask a vision-language model about each image")
@@ -51,6 +54,8 @@ def _run(options: argparse.Namespace) -> int:
     ]
     if options.out is not None and options.out.suffix.lower() == ".png" and len(options.images) > 1:
         problems.append(Problem("--out", "is one file for several images.", "Name a folder."))
+    elif options.out is not None and options.out.suffix.lower() in _OTHER_PICTURES and not options.out.is_dir():
+        problems.append(Problem("--out", f"{options.out.suffix!r} is not written.", "Name a .png file, or a folder."))
     if options.max_new_tokens < 1:
         problems.append(Problem("--max-new-tokens", f"{options.max_new_tokens} is less than 1."))
     if problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenwise.comparison.clock import Clock, now
 from tokenwise.comparison.images import Pictures
 from tokenwise.comparison.memory import PeakMemory
 from tokenwise.comparison.pictures import picture_of
@@ -111,9 +111,9 @@ def _measure(
 
     def timed(pixels: Tensor, context: AbstractContextManager[Any]) -> tuple[Tensor, float]:
         with context:
-            start = _now(device)
+            start = now(device)
             logits = model(pixel_values=pixels).logits
-            return logits.float(), _now(device) - start
+            return logits.float(), now(device) - start
 
     def both(pixels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         order = [("reduced", reduced), ("dense", nullcontext)]
@@ -165,43 +165,19 @@ def _meter(
     return total / METERED, {**means, "macs": means["macs_share"] * dense}
 
 
-class _Clock:
-    """A method whose `reduce` is timed."""
-
-    def __init__(self, method: EncoderReducer, device: torch.device) -> None:
-        self._method = method
-        self._device = device
-        self.seconds = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
-
-    def reduce(self, *args: Any) -> Any:
-        start = _now(self._device)
-        found = self._method.reduce(*args)
-        self.seconds += _now(self._device) - start
-        return found
-
-
 def _scoring(
     model: Any, method: EncoderReducer, batches: Callable[..., Iterator[Tensor]], device: torch.device
 ) -> float:
     """The median time that looking for the tokens to keep takes in a batch."""
     found = []
     for pixels in batches(METERED):
-        clock = _Clock(method, device)
+        clock = Clock(method, device)
         with reduce(model, method) as handle:
             assert isinstance(handle, EncoderReduction)
             handle.method = clock  # type: ignore[assignment]
             model(pixel_values=pixels)
         found.append(clock.seconds)
     return median(found)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _example(

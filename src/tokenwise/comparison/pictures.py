@@ -50,23 +50,28 @@ def picture_of(handle: Any, model: Any, inputs: ImageInputs, pixels: Tensor, pla
     return {"image": encode(seen), "grid": list(grid), "group": group}
 
 
-def selection_of(kept: Tensor, patches: int, model: Any, pixels: Tensor, image: Image) -> dict[str, Any] | None:
-    """As `picture_of`, of the rows that stayed of an image at the input of a language model.
+def selected(kept: Tensor, patches: int) -> Tensor:
+    """The group of each patch, [patches], where those at `kept` stay and the others are dropped."""
+    import torch
+
+    places = torch.arange(len(kept), device=kept.device)
+    return torch.full((patches,), -1, device=kept.device).index_copy_(0, kept, places)
+
+
+def selection_of(group: Tensor, model: Any, pixels: Tensor, image: Image) -> dict[str, Any] | None:
+    """As `picture_of`, of an image that a language model reads.
 
     Args:
-        kept: their indices, [kept].
-        patches: how many there were.
+        group: for each of its rows the token it ended in, -1 where it was dropped, [patches].
         model: a vision-language model.
         pixels: what its vision tower read, [1, 3, height, width].
         image: what they were made of.
     """
     from tokenwise.models.images import patch_grid
 
-    grid = patch_grid(model, pixels, patches)
+    grid = patch_grid(model, pixels, len(group))
     if grid is None:
         return None
-    group = np.full(patches, -1)
-    group[kept.cpu().numpy()] = np.arange(len(kept))
     seen = image.convert("RGB").resize((pixels.shape[-1], pixels.shape[-2]))
     return {"image": encode(seen), "grid": list(grid), "group": group.tolist()}
 

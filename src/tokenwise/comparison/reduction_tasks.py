@@ -60,7 +60,8 @@ class Shares(Section):
     """How much every method may keep."""
 
     unit: Literal["keep", "flops"]
-    """What is shared: tokens (``keep``), or the operations of the encoder's blocks (``flops``)."""
+    """What is shared: tokens (``keep``), or the operations of the blocks of the encoder, or of the
+    language model's layers (``flops``)."""
     amounts: Annotated[
         tuple[Annotated[Real, Field(gt=0, lt=1)], ...], Field(min_length=1), AfterValidator(_falling)
     ]  # fmt: skip

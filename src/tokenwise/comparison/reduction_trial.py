@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tokenwise.comparison.formatting import duration, plain, ratio
-from tokenwise.comparison.pictures import draw, encode, picture_of, selection_of
+from tokenwise.comparison.pictures import draw, encode, picture_of, selected, selection_of
 from tokenwise.errors import InputError, Problem
 from tokenwise.files import write_binary, write_text
 from tokenwise.method import Method
@@ -211,7 +211,8 @@ def _ask(
             )
         pixels, picture = batch["pixel_values"], None
         if pixels.dim() == 4 and pixels.shape[0] == 1:
-            picture = selection_of(handle.kept[0], before, model, pixels, image)
+            group = handle.group[0] if isinstance(handle, InputReduction) else selected(handle.kept[0], before)
+            picture = selection_of(group, model, pixels, image)
         trials.append(Trial(path, answers, (before, after), seconds, picture, inside))
     remarks = [
         f"{inputs.described[:1].upper()}{inputs.described[1:]}.",

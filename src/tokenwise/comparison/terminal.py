@@ -42,15 +42,14 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     table.add_column(f"FLOPs{per}", justify="right", no_wrap=True)
     table.add_column(f"time{per}", justify="right", no_wrap=True)
     cached = any(row.costs.cache_bytes is not None for row in conclusion.rows)
-    if wide and cached:
-        table.add_column("tokens\ncache", justify="right", no_wrap=True)
-    elif wide:
-        table.add_column("tokens\nat end" if reduction else "memory", justify="right", no_wrap=True)
+    if wide:
+        second = "tokens\ncache" if cached else "tokens\nat end" if reduction else "memory"
+        table.add_column(second, justify="right", no_wrap=True)
         table.add_column("scoring" if reduction else "runs", justify="right", no_wrap=True)
     for row in conclusion.rows:
         last: tuple[str, ...] = (_memory(row), f"{len(row.finished)}/{row.planned}")
         if cached:
-            last = (f"{_tokens(row)}\n{_cache(row)}",)
+            last = (f"{_tokens(row)}\n{_cache(row)}", _scoring(row))
         elif reduction:
             last = (_tokens(row), _scoring(row))
         table.add_row(

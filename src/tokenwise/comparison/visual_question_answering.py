@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from tokenwise.comparison.clock import Clock, now
 from tokenwise.comparison.memory import PeakMemory
-from tokenwise.comparison.pictures import selection_of
+from tokenwise.comparison.pictures import selected, selection_of
 from tokenwise.comparison.quality import QuestionQuality
 from tokenwise.comparison.questions import Questions
 from tokenwise.comparison.records import Costs, Job, Result
@@ -35,7 +35,7 @@ from tokenwise.reduction.inputs import InputReduction
 WARM = 2
 """Questions before anything is timed; memory is measured on them."""
 METERED = 8
-"""Questions on which operations, tokens and the cache are measured, evenly spread."""
+"""Questions on which operations, tokens, the cache and scoring are measured, evenly spread."""
 TIMED = 24
 """Questions whose prompts are timed, evenly spread; where there are fewer they are taken again."""
 EXAMPLES = 4
@@ -63,6 +63,7 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         quality, written = _measure(asked, progress)
         seconds, dense_seconds = _time(asked)
         costs = _meter(asked)
+        scoring = None if isinstance(method, Dense) else _scoring(asked)
         example = _example(asked, written)
     if not quality.finite:
         raise RunFailed("The loss of an answer is not finite.")
@@ -70,7 +71,13 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
         job=job,
         status="finished",
         quality=quality,
-        costs=replace(costs, wall_seconds=seconds, dense_seconds=dense_seconds, peak_memory_bytes=memory.peak),
+        costs=replace(
+            costs,
+            wall_seconds=seconds,
+            dense_seconds=dense_seconds,
+            scoring_seconds=scoring,
+            peak_memory_bytes=memory.peak,
+        ),
         example=example,
         versions=versions_of(device),
     )
@@ -186,12 +193,27 @@ def _time(asked: _Asked) -> tuple[float, float]:
         batch = asked.batch(chosen[number % len(chosen)])
         for name, context in order if number % 2 == 0 else reversed(order):
             with context():
-                start = _now(asked.device)
+                start = now(asked.device)
                 asked.prefill(batch)
-                seconds = _now(asked.device) - start
+                seconds = now(asked.device) - start
             if number >= 0:
                 times[name].append(seconds)
     return median(times["reduced"]), median(times["dense"])
+
+
+def _scoring(asked: _Asked) -> float:
+    """The median time that looking for the tokens to keep takes of reading a prompt."""
+    found = []
+    for index in asked.spread(METERED):
+        batch = asked.batch(index)
+        clock = Clock(asked.method, asked.device)
+        with asked.reduced() as handle:
+            handle.method = clock
+            if isinstance(handle, InputReduction):
+                handle.layout.timed = clock.timed
+            asked.prefill(batch)
+        found.append(clock.seconds)
+    return median(found)
 
 
 def _meter(asked: _Asked) -> Costs:
@@ -244,12 +266,6 @@ def cache_bytes(cache: Any) -> int:
     return sum(held.values())
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _example(asked: _Asked, written: list[str]) -> dict[str, list[Any]] | None:
     """A few images and what is kept of each; None where tokens are not a plain grid of patches."""
     drawn = []
@@ -261,19 +277,15 @@ def _example(asked: _Asked, written: list[str]) -> dict[str, list[Any]] | None:
         before = int(asked.layout.places(batch["input_ids"]).sum())
         with asked.reduced() as handle:
             asked.prefill(batch)
-        picture = selection_of(_kept(handle, before), before, asked.model, pixels, asked.questions.picture(index))
+        picture = selection_of(_group(handle, before), asked.model, pixels, asked.questions.picture(index))
         if picture is not None:
             texts = {"question": asked.questions.questions[index], "label": asked.questions.answers[index]}
             drawn.append({**picture, **texts, "prediction": written[index]})
     return {"pictures": drawn} if drawn else None
 
 
-def _kept(handle: Any, before: int) -> Tensor:
-    """Which image tokens are left in the last layer, [kept]."""
+def _group(handle: Any, before: int) -> Tensor:
+    """Which of the tokens that are left in the last layer each image token is in, [before]; -1 where it is in none."""
     if isinstance(handle, InputReduction):
-        return handle.kept[0]
-    if isinstance(handle, DecoderReduction):
-        assert handle.last is not None
-        places = handle.last.candidates[0].nonzero().squeeze(1)
-        return torch.isin(places, handle.last.index[0]).nonzero().squeeze(1)
-    return torch.arange(before)
+        return handle.group[0]
+    return selected(handle.kept[0], before) if isinstance(handle, DecoderReduction) else torch.arange(before)

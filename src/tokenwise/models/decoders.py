@@ -54,14 +54,15 @@ def find_decoder(model: Any) -> Decoder:
         or not all(isinstance(getattr(layer, part, None), nn.Module) for layer in layers for part in parts)
         or not getattr(layers[0].self_attn, "is_causal", False)
     ):
-        raise InputError(
-            Problem(
-                "model",
-                f"{type(model).__name__} has no decoder of a known layout.",
-                "Known are Llama-like models (Llama, Qwen2, Qwen3 ...) and vision-language models over them; for "
-                "encoders use a method such as tome.",
-            )
+        message = f"{type(model).__name__} has no decoder of a known layout."
+        fix = (
+            "Known are Llama-like models (Llama, Qwen2, Qwen3 ...) and vision-language models over them; for encoders "
         )
+        fix += "use a method such as tome."
+        if images is not None:
+            message = f"{type(model).__name__} has a decoder of no known layout, or one that is not causal."
+            fix = "Use a method for the input, such as div_prune."
+        raise InputError(Problem("model", message, fix))
     text = owner.config
     kinds = getattr(text, "layer_types", None)
     if kinds is None:

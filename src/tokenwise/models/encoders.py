@@ -83,6 +83,18 @@ def find_encoder(model: nn.Module) -> Encoder:
     raise InputError(problem)
 
 
+# Of each `model_type` how many tokens stand before the patches, registers apart. Blocks of other kinds are built alike
+# and yet differ: in rotary positions, which a block is given for all tokens, or in the tokens before the patches.
+_VISION = {
+    **dict.fromkeys(("vit", "vit_msn", "clip_vision_model", "chinese_clip_vision_model", "metaclip_2_vision_model"), 1),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), 1),
+    "deit": 2,
+    **dict.fromkeys(("siglip_vision_model", "siglip2_vision_model", "idefics3_vision", "smolvlm_vision", "ijepa"), 0),
+}
+_TEXT = {"bert", "bert-generation", "camembert", "data2vec-text", "distilbert", "dpr", "electra", "ernie", "esm"}
+_TEXT |= {"layoutlm", "roberta", "roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl"}
+
+
 def _candidates(model: nn.Module) -> list[nn.Module]:
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
     first = [tower] if isinstance(tower, nn.Module) else []
@@ -107,12 +119,11 @@ def _transformers_encoder(owner: Any) -> Encoder | None:
     config: Any = getattr(known[0].attention, "config", None)
     if config is None or getattr(config, "is_decoder", False) or getattr(known[0].attention, "is_causal", False):
         return None
-    kind = config.model_type
-    if kind.endswith("text_model") or not _position_free(known[0].attention):
+    kind, text = config.model_type, known[0].output is not None
+    if kind not in (_TEXT if text else _VISION) or not _position_free(known[0].attention):
         return None
-    text = known[0].output is not None
-    has_class = text or not kind.startswith(("siglip", "ijepa", "idefics", "smolvlm"))
-    prefix = (1 if has_class else 0) + getattr(config, "num_register_tokens", 0) + (kind == "deit")
+    prefix = 1 if text else _VISION[kind] + getattr(config, "num_register_tokens", 0)
+    has_class = prefix > 0
     names = ("intermediate_size", "hidden_dim")
     hidden = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
     hidden = hidden or int(config.hidden_size * config.mlp_ratio)

@@ -50,7 +50,7 @@ class EncodedImage:
         signals: what was recorded, one row for each of `features`: [tokens] or [tokens, channels], fp32; NaN where a
             row is no patch (the newline of tiled images). Where patches are merged into one row, their mean.
         patch: which rows are patches, [tokens], bool.
-        grid: (rows, columns) of patches where they are one grid; else None.
+        grid: (rows, columns) of patches where they are one grid, or one such for each frame; else None.
         tile: the tile, or frame, of each row, [tokens], int64, -1 where a row is no patch; None for images of one
             tile.
         tile_grid: (rows, columns) of the tiles 1, 2, ... that make up the image beside its overview, tile 0; else None.
@@ -116,6 +116,8 @@ class VisionLanguageModel:
     def __init__(self, model: Any):
         self.model = model
         self.config = model.config
+        self.timed: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda record: record
+        """Wraps what records the signals of the vision tower, so that its time can be taken."""
 
     @property
     def inner(self) -> Any:
@@ -174,7 +176,8 @@ class VisionLanguageModel:
             calls: dict[Signal, list[Tensor]] = {signal: [] for signal in signals}
             with ExitStack() as stack:
                 for signal in attended:
-                    stack.callback(listen(modules[signal.layer], self._recorder(signal, calls[signal])))
+                    record = self.timed(self._recorder(signal, calls[signal]))
+                    stack.callback(listen(modules[signal.layer], record))
                 if PROJECTOR_INPUTS in calls:
                     assert projector is not None
                     stack.callback(projector.register_forward_pre_hook(_keeper(calls[PROJECTOR_INPUTS])).remove)

@@ -91,7 +91,7 @@ class Qwen2VL(VisionLanguageModel):
                     features,
                     own,
                     torch.ones(count, dtype=torch.bool, device=features.device),
-                    (rows, columns) if times == 1 else None,
+                    (rows, columns),
                     frames if times > 1 else None,
                     modality=modality,
                     deeper=tuple(layer[index] for layer in deeper),

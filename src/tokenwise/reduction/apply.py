@@ -45,6 +45,8 @@ def reduce(
     """
     if not isinstance(method, TokenReducer):
         raise InputError(Problem("method", f"{method!r} is no token reducer.", "See `tokenwise methods`."))
+    if not isinstance(model, nn.Module):
+        raise InputError(Problem("model", f"{type(model).__name__} is no model.", "Give a torch.nn.Module."))
     if positions not in ("original", "compact"):
         raise InputError(Problem("positions", f"{positions!r} is unknown.", "Write 'original' or 'compact'."))
     if positions == "compact" and (masked or not isinstance(method, InputReducer)):

@@ -183,15 +183,9 @@ class InputReducer(TokenReducer):
 
     @field_validator("keep", mode="wrap")
     @classmethod
-    def _no_share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
-        """How much the rest of a prompt costs is not known here."""
-        if parse_flops(value):
-            raise ValueError(
-                "is a share of a language model's operations, which depends on the text beside the image; write the "
-                'share of image tokens, such as 0.4, or "128 tokens"'
-            )
-        found: float | str = check(value)
-        return found
+    def _share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
+        """Here `keep` may also be a share of the operations of the language model's layers, the text's included."""
+        return _keep_or_flops(value, check)
 
     def signals(self) -> tuple[Signal, ...]:
         """What is recorded of the vision tower; nothing unless given."""

@@ -192,7 +192,9 @@ class DecoderReduction(Handle):
         self._check(module, options, cache, mask)
         images = self.decoder.images
         if cache is not None and cache.get_seq_length():
-            if images is not None and ids is not None and bool(images.places(ids).any()):
+            # A placeholder that the model wrote itself stands for no image.
+            written = ids is not None and ids.shape[1] == 1 and not (images and images.has_pixels(options))
+            if images is not None and ids is not None and not written and bool(images.places(ids).any()):
                 raise InputError(
                     Problem(
                         "input_ids",
@@ -425,7 +427,10 @@ class DecoderReduction(Handle):
             return options
         taken = {**options, "attention_mask": prompt.mask}
         if options.get("position_embeddings") is not None:
-            taken["position_embeddings"] = tuple(prompt.take(part) for part in options["position_embeddings"])
+            given = options["position_embeddings"]
+            # One complex tensor in DeepSeek-V2, cosine and sine elsewhere.
+            single = isinstance(given, Tensor)
+            taken["position_embeddings"] = prompt.take(given) if single else tuple(prompt.take(part) for part in given)
         if options.get("position_ids") is not None:
             taken["position_ids"] = prompt.take(options["position_ids"].unsqueeze(-1)).squeeze(-1)
         return taken

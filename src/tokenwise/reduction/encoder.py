@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,18 +128,23 @@ class EncoderReduction(Handle):
         self._plans: dict[int, list[int]] = {}
         self._calls: dict[int, AttentionCall] = {}
         self._given: dict[str, Tensor] = {}
-        self._collects_hidden = False
+        self._collects: str | None = None
         self._reads_text = False
         check_encoder(encoder, method, masked, model)
         self.on_undo(claim(encoder.module, "encoder"))
-        hook = model.register_forward_pre_hook(self._called, with_kwargs=True)
-        self.on_undo(hook.remove)
-        whole: Any = model
-        if _has_placeholders(model):
-            self.on_undo(model.register_forward_hook(self._answered, always_call=True).remove)
-            if hasattr(whole, "generate"):
-                # It encodes images before it calls the model.
-                self.on_undo(replace_attribute(model, "generate", self._generating(whole.generate)))
+        self.on_undo(model.register_forward_pre_hook(self._called, with_kwargs=True).remove)
+        self.on_undo(model.register_forward_hook(self._answered, always_call=True).remove)
+        for part in model.modules():
+            # Parts that are called by themselves, as when features of images alone are wanted.
+            if part is not model and encoder.module in part.modules() and hasattr(part, "config"):
+                self._watch_part(part)
+        whole, inner = cast(Any, model), cast(Any, encoder.module)
+        if hasattr(inner, "forward_intermediates"):  # timm's, which calls the blocks itself
+            collecting = self._collecting(inner.forward_intermediates)
+            self.on_undo(replace_attribute(inner, "forward_intermediates", collecting))
+        if _has_placeholders(model) and hasattr(whole, "generate"):
+            # It encodes images before it calls the model.
+            self.on_undo(replace_attribute(model, "generate", self._generating(whole.generate)))
         try:
             for index, block in enumerate(encoder.blocks):
                 self._attach(index, block)
@@ -175,7 +180,8 @@ class EncoderReduction(Handle):
         if asked is None:
             asked = getattr(getattr(model, "config", None), "output_hidden_states", False)
         # A vision-language model means those of its language model.
-        self._collects_hidden = bool(asked) and not hasattr(getattr(model, "model", model), "vision_tower")
+        of_tower = bool(asked) and not hasattr(getattr(model, "model", model), "vision_tower")
+        self._collects = "output_hidden_states" if of_tower else None
         self._reads_text = _has_placeholders(model)
         missing = [name for name in self.method.inputs if name not in options]
         if missing:
@@ -184,8 +190,36 @@ class EncoderReduction(Handle):
         self._given = {name: options[name] for name in self.method.inputs}
         return args, {name: value for name, value in options.items() if name not in self._given}
 
+    def _watch_part(self, part: nn.Module) -> None:
+        asking: list[bool] = []
+
+        def called(part: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            asked = options.get("output_hidden_states")
+            asked = getattr(part.config, "output_hidden_states", False) if asked is None else asked
+            asking.append(bool(asked) and self._collects is None)
+            if asking[-1]:
+                self._collects = "output_hidden_states"
+
+        def answered(part: nn.Module, args: Any, output: Any) -> None:
+            if asking and asking.pop():
+                self._collects = None
+
+        self.on_undo(part.register_forward_pre_hook(called, with_kwargs=True).remove)
+        self.on_undo(part.register_forward_hook(answered, always_call=True).remove)
+
     def _answered(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._reads_text = False
+        self._reads_text, self._collects = False, None
+
+    def _collecting(self, collect: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collect)
+        def collecting(*args: Any, **options: Any) -> Any:
+            self._collects = "forward_intermediates"
+            try:
+                return collect(*args, **options)
+            finally:
+                self._collects = None
+
+        return collecting
 
     def _generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
@@ -312,14 +346,6 @@ class EncoderReduction(Handle):
         assert self.last is not None
         if not self.last.reduces:
             return
-        if self._collects_hidden and not self.masked:
-            raise InputError(
-                Problem(
-                    "output_hidden_states",
-                    "asks for the tokens after every block, which are fewer after each.",
-                    "Leave it out, or reduce with masked=True.",
-                )
-            )
         if self._reads_text and not self.masked:
             raise InputError(
                 Problem(
@@ -330,14 +356,25 @@ class EncoderReduction(Handle):
                     "with masked=True.",
                 )
             )
-        if block.training and getattr(block, "gradient_checkpointing", False):
+        if self._collects is not None and not self.masked:
             raise InputError(
                 Problem(
-                    "model",
-                    "checkpoints gradients: its blocks run a second time, when the tokens are gone.",
-                    "Call model.gradient_checkpointing_disable() first.",
+                    self._collects,
+                    "asks for the tokens after every block, which are fewer after each.",
+                    "Take those after the last block, or reduce with masked=True.",
                 )
             )
+        # Blocks of transformers checkpoint in training; timm's model does wherever there are gradients.
+        for checkpoints, off in (
+            (block.training and getattr(block, "gradient_checkpointing", False), "gradient_checkpointing_disable()"),
+            (
+                torch.is_grad_enabled() and getattr(self.encoder.module, "grad_checkpointing", False),
+                "set_grad_checkpointing(False)",
+            ),
+        ):
+            if checkpoints:
+                message = "checkpoints gradients: its blocks run a second time, when the tokens are gone."
+                raise InputError(Problem("model", message, f"Call model.{off} first."))
 
     def _listen(self, index: int, call: AttentionCall) -> None:
         assert self.last is not None
@@ -464,10 +501,16 @@ def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> 
 
 def _has_placeholders(model: nn.Module) -> bool:
     """Whether it is a vision-language model whose prompt has a token for each of an image's features."""
-    return getattr(getattr(model, "config", None), "model_type", None) in LAYOUTS
+    config = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in LAYOUTS or any(
+        getattr(config, name, None) is not None for name in ("image_token_id", "image_token_index")
+    )
 
 
 _PER_TOKEN = (
+    "Backbone",
+    "ForDepthEstimation",
+    "ForObjectDetection",
     "ForTokenClassification",
     "ForQuestionAnswering",
     "ForMaskedLM",
@@ -507,11 +550,13 @@ def check_encoder(encoder: Encoder, method: EncoderReducer, masked: bool, model:
                 f"Write {encoder.prefix + 1} tokens or more, these included.",
             )
         )
-    if not masked and type(model).__name__.endswith(_PER_TOKEN):
+    around = [type(part).__name__ for part in model.modules() if encoder.module in part.modules()]
+    dense = next((kind for kind in around if kind.endswith(_PER_TOKEN)), None)
+    if not masked and dense is not None:
         problems.append(
             Problem(
                 "model",
-                f"{type(model).__name__} answers for every token, and tokens that go have no answer.",
+                f"{dense} answers for every token, and tokens that go have no answer.",
                 "Reduce a model that answers for the whole input, or use masked=True, which saves no compute.",
             )
         )

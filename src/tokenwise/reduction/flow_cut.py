@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ValidatorFunctionWrapHandler, field_validator
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Card, Paper
-from tokenwise.policies.budget import Keep, kept_count
+from tokenwise.policies.budget import Keep, kept_count, parse_flops
 from tokenwise.reduction.base import EncoderReducer, LayerTokens, Place
 
 if TYPE_CHECKING:
@@ -41,6 +43,17 @@ class FlowCut(EncoderReducer):
     input, and so does the compute."""
     select_layer: int = -2
     """How many blocks there are for it, or with a minus sign how many at the end see only what is left."""
+
+    @field_validator("keep", mode="wrap")
+    @classmethod
+    def _share_of_flops(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | str:
+        if parse_flops(value):
+            raise ValueError(
+                "is a share of the operations, which depend on the input here; write the share of the tokens that is "
+                'left at the end, such as 0.25, or "64 tokens"'
+            )
+        found: float | str = check(value)
+        return found
 
     def blocks(self, layers: int) -> int:
         """The number of blocks after which only what is to be left is left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
 import inspect
@@ -15,8 +16,17 @@ from torch import Tensor, nn
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
+from tokenwise.models.decoders import find_decoder
 from tokenwise.models.patch import replace_attribute
-from tokenwise.models.vision_language import PROJECTOR_INPUTS, EncodedImage, VisionLanguageModel, vision_language_model
+from tokenwise.models.vision_language import (
+    PROJECTOR_INPUTS,
+    Encoded,
+    EncodedImage,
+    Modality,
+    VisionLanguageModel,
+    vision_language_model,
+)
+from tokenwise.policies.plans import Shape
 from tokenwise.reduction.active import claim, conflict
 from tokenwise.reduction.base import InputReducer
 from tokenwise.reduction.merge import Merge, Mixture
@@ -34,6 +44,8 @@ class Pruned:
     Args:
         batch: what the model is to be called with.
         kept: rows of each image that stayed, in the order of the images.
+        group: for each image and each of its rows the one of those that stayed it went into, or weighs most in; -1
+            where it was dropped.
         before: image tokens of the whole batch before.
         after: image tokens of the whole batch after.
         images: what the method saw.
@@ -41,6 +53,7 @@ class Pruned:
 
     batch: dict[str, Any]
     kept: list[Tensor]
+    group: list[Tensor]
     before: int
     after: int
     images: list[EncodedImage]
@@ -104,11 +117,13 @@ def prune(
                 )
             )
     features, kept, deeper = [], [], []
-    for image, count in zip(encoded.images, method.counts_of(encoded.images), strict=True):
+    group: list[Tensor] = []
+    for image, count in zip(encoded.images, _counts(layout, method, inputs, encoded, places), strict=True):
         if count >= image.features.shape[0]:
             features.append(image.features)
             deeper.append(image.deeper)
             kept.append(torch.arange(image.features.shape[0], device=image.features.device))
+            group.append(kept[-1])
             continue
         if count < 1:
             raise InputError(
@@ -120,6 +135,7 @@ def prune(
         )
         deeper.append(tuple(_changed(values, change, masked) for values in image.deeper))
         kept.append(change.kept[0])
+        group.append(_group(change, image.features.shape[0]))
     before, after = sum(rows), sum(part.shape[0] for part in kept)
     stays = torch.ones_like(input_ids, dtype=torch.bool)
     for modality, place in places.items():
@@ -142,7 +158,81 @@ def prune(
         made = {name: value for name, value in made.items() if name not in layout.grids}
         made |= _hidden(layout, inputs, stays) if masked else _compacted(layout, inputs, stays, positions, padding)
     made["mm_encoder_outputs"] = layout.replace(encoded, features, deeper)
-    return Pruned(made, kept, before, after, encoded.images)
+    return Pruned(made, kept, group, before, after, encoded.images)
+
+
+def _counts(
+    layout: VisionLanguageModel,
+    method: InputReducer,
+    inputs: Mapping[str, Any],
+    encoded: Encoded,
+    places: Mapping[Modality, Tensor],
+) -> list[int]:
+    """Rows of each image that stay; where `keep` is a share of the operations, as many of each prompt's as fit."""
+    if not (isinstance(method.keep, str) and method.keep.endswith("flops")):
+        return method.counts_of(encoded.images)
+    try:
+        decoder = find_decoder(layout.model)
+    except InputError as error:
+        message = f"{method.keep!r} cannot be counted: {error.problems[0].message}"
+        fix = 'Write the share of image tokens, such as 0.4, or "128 tokens".'
+        raise InputError(Problem(f"{type(method).__name__}.keep", message, fix)) from None
+    shape = Shape(0, len(decoder.layers), 0, decoder.width, decoder.hidden_width, True, decoder.key_width)
+    lengths = _mask(inputs, inputs["input_ids"]).bool().sum(1).tolist()
+    counts = [0] * len(encoded.images)
+    for length, own in zip(lengths, _images_of_rows(encoded, places), strict=True):
+        if own:
+            found = _fit(method, [encoded.images[index] for index in own], length, shape)
+            for index, count in zip(own, found, strict=True):
+                counts[index] = count
+    return counts
+
+
+def _fit(method: InputReducer, images: list[EncodedImage], length: int, shape: Shape) -> list[int]:
+    """The most rows of one prompt's images with which its operations are the share that `keep` says.
+
+    Args:
+        length: tokens of the prompt, those of the images among them.
+        shape: of the language model's layers.
+    """
+    whole = sum(len(image.features) for image in images)
+
+    def counts(total: int) -> list[int]:
+        return method.replace(keep=total / whole).counts_of(images)
+
+    def cost(total: int) -> float:
+        tokens = [length - whole + sum(counts(total))] * shape.layers
+        return float(shape.macs(tokens, tokens) / shape.macs([length] * shape.layers, [length] * shape.layers))
+
+    # More tokens never cost less.
+    most = bisect.bisect_right(range(1, whole + 1), float(str(method.keep).split()[0]), key=cost)
+    if not most:
+        message = f"{method.keep!r} is less than the share of {cost(1):.3f} that the text and one token of each "
+        message += "image take."
+        raise InputError(Problem(f"{type(method).__name__}.keep", message, "Keep more."))
+    return counts(most)
+
+
+def _images_of_rows(encoded: Encoded, places: Mapping[Modality, Tensor]) -> list[list[int]]:
+    """The images whose placeholders each row of the batch has."""
+    rows: list[list[int]] = [[] for _ in range(len(next(iter(places.values()))))]
+    for modality, place in places.items():
+        ends = place.sum(1).cumsum(0).tolist()
+        taken = 0
+        for index, image in enumerate(encoded.images):
+            if image.modality == modality:
+                rows[bisect.bisect_right(ends, taken)].append(index)
+                taken += len(image.features)
+    return rows
+
+
+def _group(change: Merge | Mixture, rows: int) -> Tensor:
+    """The output row that each of an image's rows is in, [rows], int64; -1 where it is in none."""
+    if isinstance(change, Mixture):
+        weight, found = change.mixing[0].abs().max(0)
+        return found.masked_fill(weight == 0, -1)
+    moved = change.moved()[0]
+    return torch.nn.functional.pad(moved, (0, rows - moved.shape[0]), value=-1)
 
 
 def _changed(values: Tensor, change: Merge | Mixture, masked: bool) -> Tensor:
@@ -332,8 +422,11 @@ class InputReduction(Handle):
     """A vision-language model that reads fewer image tokens, until `undo`.
 
     Attributes:
+        layout: the model's layout.
+        method: the method.
         stats: ``batches``, and over all of them ``image_tokens_before`` and ``image_tokens_after``.
         kept: rows of each image that stayed, of the last batch; videos after images.
+        group: for each of its rows the one of those that stayed it went into, as in `Pruned`.
     """
 
     def __init__(self, model: Any, method: InputReducer, positions: Positions = "original", *, masked: bool = False):
@@ -343,15 +436,17 @@ class InputReduction(Handle):
         other = conflict(model, "input")
         if other is not None:
             raise InputError(other)
+        self.layout, self.method = layout, method
         self.kept: list[Tensor] = []
+        self.group: list[Tensor] = []
         forward, generate = model.forward, model.generate
         signature = inspect.signature(forward)
         # Caches that hold fewer tokens than the ids they were made from.
         shortened: WeakSet[Any] = WeakSet()
 
         def pruned(inputs: dict[str, Any], padding: Literal["left", "right"] | None = None) -> Pruned:
-            found = prune(layout, inputs, method, positions=positions, padding=padding, masked=masked)
-            self.kept = found.kept
+            found = prune(layout, inputs, self.method, positions=positions, padding=padding, masked=masked)
+            self.kept, self.group = found.kept, found.group
             for name, value in (("batches", 1), ("image_tokens_before", found.before)):
                 self.stats[name] = self.stats.get(name, 0) + value
             self.stats["image_tokens_after"] = self.stats.get("image_tokens_after", 0) + found.after

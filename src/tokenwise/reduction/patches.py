@@ -57,7 +57,7 @@ def width(image: EncodedImage, rows: Tensor) -> int | None:
     The lines of tiles side by side alternate, so the first unbroken run of one tile is a line; a tile whose lines
     follow each other is taken for a square.
     """
-    if image.tile is None and image.grid is not None:
+    if image.grid is not None:
         return image.grid[1]
     breaks = (rows.diff() != 1).nonzero()
     if len(breaks):

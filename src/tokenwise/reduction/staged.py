@@ -57,9 +57,10 @@ class StagedReducer(DecoderReducer):
         if found is None:
             first = min(starts)
             message = f"{self.keep!r} is less than what the layers take in which all stay, {first} of {layers}."
-            places = next((each for each in ("layer", "places") if each in type(self).model_fields), None)
+            earlier = {"layer": "a smaller layer", "places": "smaller places"}
+            places = next((words for each, words in earlier.items() if each in type(self).model_fields), None)
             fix = f"Keep more than {first / layers:.2f} of the tokens"
-            fix += "." if places is None else f", or let them go earlier, with a smaller {places}."
+            fix += "." if places is None else f", or let them go earlier, with {places}."
             raise InputError(Problem(f"{name}.keep", message, fix))
         return found
 
