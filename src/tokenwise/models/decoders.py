@@ -119,8 +119,8 @@ def cached_attentions(model: Any) -> dict[int, nn.Module]:
             Problem(
                 "model",
                 f"{type(model).__name__} has no attention that is known to write to a cache.",
-                "Its attention modules must have a layer_idx, be causal, take past_key_values and call the function that "
-                "transformers' AttentionInterface gives for config._attn_implementation.",
+                "Its attention modules must have a layer_idx, be causal, take past_key_values and call the function "
+                "that transformers' AttentionInterface gives for config._attn_implementation.",
             )
         )
     return found
