@@ -1,6 +1,6 @@
 """Train a small vision-language model to read the marked cell of a picture.
 
-Usage: python examples/marked_cell/train.py FOLDER
+Usage: python examples/marked_cell/train.py FOLDER [--layers 3] [--seed 0]
 
 A picture is a grid of 6 by 6 cells, each one patch of the model. DIGITS of them show a digit, and the frames of four of
 these have the four COLOURS; the others are empty. A question names a colour ("digit in frame red") or a
@@ -9,17 +9,18 @@ only the question says: what a method can know without it is which cells are not
 
 Writes, the same on every run on the same machine:
 
-- model/: a LLaVA of about a quarter of a million parameters with its processor and tokenizer, trained from scratch;
+- model/: a LLaVA of about a quarter of a million parameters (with 8 layers, half a million) with its processor and
+  tokenizer, trained from scratch;
 - questions.jsonl and images/: EVAL pictures never trained on, with a question of each kind: {"image": ...,
   "question": ..., "answer": ..., "kind": "frame" or "cell"}.
 
-Takes a few minutes on one core.
+Takes a few minutes on one core; with 8 layers, five.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>", "<image>")
 PLACES = [f"{column}{row + 1}" for row in range(SIDE) for column in "abcdef"]
 WORDS = ("digit", "in", "frame", "cell", *COLOURS, *PLACES, *"0123456789")
 VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 TOWER_STEPS, STEPS, BATCH, QUESTIONS, LEARNING_RATE = 300, 1600, 32, 8, 2e-3
 EVAL = 300
 
@@ -122,16 +123,17 @@ def make_processor() -> LlavaProcessor:
     )
 
 
-def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights."""
+def make_model(processor: LlavaProcessor, layers: int, seed: int) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights, whose language model has `layers` layers."""
     tokenizer = processor.tokenizer
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        num_hidden_layers=layers,
         **TEXT,
     )
     config = LlavaConfig(
@@ -169,10 +171,11 @@ class Teacher(nn.Module):
         )
 
 
-def train(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+def train(processor: LlavaProcessor, layers: int, seed: int) -> LlavaForConditionalGeneration:
     """A model trained on pictures drawn as they are needed: the tower first, then all of it."""
-    model, teacher = make_model(processor).train(), Teacher()
-    generator = np.random.default_rng(0)
+    model, teacher = make_model(processor, layers, seed).train(), Teacher()
+    # Never 1, with which the held-out pictures are drawn.
+    generator = np.random.default_rng(100 * seed)
     tower = model.model.vision_tower
     states: list[BaseModelOutputWithPooling] = []
     tower.register_forward_hook(lambda module, args, output: states.append(output))
@@ -232,13 +235,16 @@ def write_questions(folder: Path) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("Usage: python examples/marked_cell/train.py FOLDER")
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=3, help="of the language model; 3 unless given")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the pictures trained on")
+    options = parser.parse_args()
+    folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_questions(folder)
     processor = make_processor()
-    model = train(processor)
+    model = train(processor, options.layers, options.seed)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
 

@@ -59,7 +59,7 @@ def test_the_answer_is_the_digit_of_the_cell(train):
 def test_from_pictures_to_tables(train, tmp_path, monkeypatch, capsys):
     for name, value in (("TOWER_STEPS", 1), ("STEPS", 2), ("BATCH", 2), ("EVAL", 6)):
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path), "--layers", "4"])
     train.main()
     records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len(records) == 12
@@ -69,9 +69,14 @@ def test_from_pictures_to_tables(train, tmp_path, monkeypatch, capsys):
     assert train.write_questions(again) == records
     measure = script("measure")
     monkeypatch.setattr(measure, "BATCH", 5)
-    monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path), "faster_vlm", "random", "faster_vlm:layer=9"])
+    wanted = ["faster_vlm", "faster_vlm:layer=9", "fast_v", "--against", "random"]
+    monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path), *wanted])
     measure.main()
     shown = capsys.readouterr().out
-    assert "left out: faster_vlm:layer=9" in shown
-    assert shown.count("|---|---|---|---|---|\n") == 2
-    assert shown.count("| faster_vlm | ") == shown.count("| random | ") == 2
+    assert shown.count("left out: faster_vlm:layer=9") == 1
+    # FastV in layer 2 of 4 keeps more than half: only three quarters can be had.
+    assert shown.count("left out: fast_v") == 3
+    assert shown.count("|  |  |  |\n") == 5
+    assert shown.count("|---|---|---|---|---|\n") == shown.count("| faster_vlm | ") == 5
+    assert shown.count("| random | ") == 3
+    assert shown.count("Points above random") == 2
