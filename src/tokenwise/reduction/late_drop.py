@@ -33,8 +33,8 @@ class LateDrop(DecoderReducer):
     reads: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     keep: Keep = 0.75
-    """What stays: share of image token x layer, and so the share of the layers that see the image; or
-    ``"X flops"``, a share of the operations of all layers."""
+    """What stays: share of image token x layer, and so the share of the layers that see the image, of which there is at
+    least one; or ``"X flops"``, a share of the operations of all layers."""
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     """Where given, the image goes before the first layer from there on when less than this share of the last token's
     attention, as a mean over heads, fell on it in the layer before."""
