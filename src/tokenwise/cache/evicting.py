@@ -21,7 +21,7 @@ from tokenwise.models.rotary import Rotary, find_rotary
 from tokenwise.models.selective_kv import SelectiveLayer
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.policies.budget import kept_count
-from tokenwise.policies.eviction import best_of_all, best_of_each_head, protected, pyramid_counts
+from tokenwise.policies.eviction import best_of_all, best_of_each_head, pyramid_counts
 
 
 class EvictingCache(Cache, Handle):
@@ -53,6 +53,7 @@ class EvictingCache(Cache, Handle):
         self._calls: dict[int, tuple[float, float | None, int]] = {}
         self._pending: dict[int, Tensor] = {}
         self._evicted_at: dict[int, int] = {}
+        self._earlier: dict[str, Tensor] = {}
         self._held = False
         self._ended = False
         self._rotary: Rotary | None = None
@@ -65,7 +66,9 @@ class EvictingCache(Cache, Handle):
         weakref.finalize(self, self._undos.close)
 
     def _check(self, model: nn.Module) -> None:
-        method, name, problems = self.method, type(self.method).__name__, []
+        method, name = self.method, type(self.method).__name__
+        refusals = (method.refuses(attention) for attention in self._attentions.values())
+        problems = [problem for problem in refusals if problem is not None][:1]
         if not self._places:
             problems.append(
                 Problem(
@@ -157,8 +160,9 @@ class EvictingCache(Cache, Handle):
         for index, layer in enumerate(self.layers):
             other.layers[index] = _shared(layer)
         other._calls = dict(self._calls)
-        scores = {index: self._selective(index).tracks["score"] for index in self._places}
-        other._keep_best(scores)
+        # What is protected, and some scores, depend on the budget.
+        for index in self._places:
+            other._evict(index)
         return other
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
@@ -277,14 +281,6 @@ class EvictingCache(Cache, Handle):
         even = layer
         if isinstance(layer, RaggedLayer):
             even, call = layer.padded(), layer.padded_call(call, whole)
-        if "received" in method.reads:
-            tokens = call.query.shape[2]
-            shown = layer.notes.get("shown")
-            valid = None if shown is None else shown[:, -tokens:]
-            count = tokens if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
-            found = (call.columns(valid) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
-            before = even.tracks.get("received")
-            even.tracks["received"] = found if before is None else before + found
         method.observe(self._tokens(index, even), call)
         if isinstance(layer, RaggedLayer):
             layer.set_tracks(even.tracks)
@@ -316,6 +312,7 @@ class EvictingCache(Cache, Handle):
             self._attentions[index],
             layer.tracks,
             layer.notes,
+            self._earlier,
         )
 
     def _evict(self, index: int) -> None:
@@ -323,12 +320,21 @@ class EvictingCache(Cache, Handle):
         layer = self._selective(index)
         self._evicted_at[index] = layer.seen
         counts = self._counts(layer)
+        if index == self._places[0]:
+            self._earlier = {}
         if not self.masked and bool((counts >= layer.notes["counted"]).all()):
             return
+        if self.method.allocate == "pyramid":
+            counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
+        layer.notes["counts"] = counts
         self._pending[index] = self._scores(index, layer)
         if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
             scores, self._pending = self._pending, {}
             self._keep_best(scores)
+        if "earlier" in self.method.reads:
+            self._earlier["kept"] = self.kept(index).any(1)
+        if index == self._places[-1]:
+            self._earlier = {}
 
     def _scores(self, index: int, layer: SelectiveLayer) -> Tensor:
         """The method's scores, with what is protected above and what does not count below all others."""
@@ -342,8 +348,7 @@ class EvictingCache(Cache, Handle):
             raise FloatingPointError(f"{type(method).__name__} gives NaN as a score in layer {index}")
         heads = max(scores.shape[1], tokens.positions.shape[1])
         scores = scores.expand(-1, heads, -1)
-        safe = protected(tokens.positions, tokens.pads, tokens.seen, method.sink, max(method.recent, method.window))
-        scores = scores.masked_fill(safe, float("inf"))
+        scores = scores.masked_fill(method.protected(tokens), float("inf"))
         if tokens.real is not None:
             scores = scores.masked_fill(~tokens.real, float("-inf"))
         if even is not layer:
@@ -351,8 +356,6 @@ class EvictingCache(Cache, Handle):
             places = even.tracks["place"].masked_fill(~tokens.real, layer.stored)
             found = scores.new_full((*places.shape[:2], layer.stored + 1), float("-inf"))
             scores = found.scatter_(2, places, scores)[..., : layer.stored]
-        if self.masked:
-            layer.tracks["score"] = scores
         return scores
 
     def _keep_best(self, scores: dict[int, Tensor]) -> None:
@@ -362,7 +365,7 @@ class EvictingCache(Cache, Handle):
             self._selective(index).notes.pop("shown", None)
         if method.allocate == "layers_and_heads":
             layers = [self._selective(index) for index in scores]
-            counts = self._counts(layers[0])
+            counts = layers[0].notes["counts"]
             # Where all heads scored alike each still stores its own.
             whole = [
                 score.expand(-1, layer.key_heads, -1) for score, layer in zip(scores.values(), layers, strict=True)
@@ -374,14 +377,12 @@ class EvictingCache(Cache, Handle):
             return
         for index, score in scores.items():
             layer = self._selective(index)
-            counts = self._counts(layer)
+            counts = layer.notes["counts"]
             if method.allocate == "heads":
                 score = score.expand(-1, layer.key_heads, -1)
                 floors = (counts * method.floor).long().clamp_min(1)
                 self._keep_ragged(index, best_of_all([score], counts * layer.key_heads, floors)[0])
                 continue
-            if method.allocate == "pyramid":
-                counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
             counts = counts.minimum((score > float("-inf")).sum(2).amin(1))
             places, real = best_of_each_head(score, counts)
             if self.masked:
@@ -398,7 +399,7 @@ class EvictingCache(Cache, Handle):
         rows = []
         for count, available in zip(counts.tolist(), counted.tolist(), strict=True):
             method = self.method
-            rows.append(pyramid_counts(count, available, len(self._places), method.window, method.beta)[place])
+            rows.append(pyramid_counts(count, available, len(self._places), method.protects, method.beta)[place])
         return torch.tensor(rows, device=counts.device)
 
     def _even(self, index: int) -> SelectiveLayer:

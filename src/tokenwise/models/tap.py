@@ -80,16 +80,33 @@ class AttentionCall:
         """
         return attention_rows(self.query, self.key, positions, self._bias, self.scaling, self.softcap)
 
-    def columns(self, valid: Tensor | None = None) -> Tensor:
+    def columns(
+        self,
+        valid: Tensor | None = None,
+        temperature: float = 1.0,
+        noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """The attention each key receives, as a mean over the queries.
 
         Args:
             valid: queries to take the mean over, [batch, queries], bool; all unless given.
+            temperature: what the scores, and the noise, are divided by.
+            noise: what is added to the scores of the queries at some positions, [1, rows]: 4 dimensions that broadcast
+                to [batch, heads, rows, keys]. It is asked for a block of queries at a time.
 
         Returns:
             [batch, heads, keys], fp32, summing to 1 over the keys.
         """
-        return attention_columns(self.query, self.key, self._bias, self.scaling, self.softcap, valid)
+
+        def noisy(positions: Tensor) -> Tensor | None:
+            bias = self._bias(positions)
+            if noise is None:
+                return bias
+            added = noise(positions) / temperature
+            return added if bias is None else added + bias
+
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return attention_columns(self.query, self.key, noisy, self.scaling / temperature, softcap, valid)
 
     def whole_map(self) -> Tensor:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
