@@ -19,8 +19,8 @@ class AdaKV(SnapKV):
             venue="NeurIPS 2025",
         ),
         status="VERIFIED",
-        checked="the allocation against a plain one in fp64; each head's best tokens within its floor stay first, as "
-        "in kvpress; the authors' own code mixes the counts instead",
+        checked="what heads keep against a plain allocation and kvpress 0.5.5; the authors' code mixes the counts of "
+        "heads with the floor instead",
         control="cache/random",
     )
 

@@ -26,7 +26,7 @@ class CriticalKV(SnapKV):
         ),
         needs=("attention with an output projection that is not quantized",),
         status="VERIFIED",
-        checked="the formula in fp64",
+        checked="the formula in fp64, and the numbers of kvpress 0.5.5",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"window", "values"})

@@ -312,7 +312,7 @@ class EvictingCache(Cache, Handle):
             self._attentions[index],
             layer.tracks,
             layer.notes,
-            self._earlier,
+            earlier=self._earlier,
         )
 
     def _evict(self, index: int) -> None:

@@ -38,6 +38,6 @@ class SnapKV(CachePolicy):
         from torch.nn.functional import avg_pool1d
 
         found = tokens.window_rows().mean((2, 3))
-        # What the window sees of itself is not smoothed into the tokens before it.
-        found = found.masked_fill(tokens.positions >= tokens.seen - tokens.notes["queries"].shape[2], 0)
+        # The window stays anyway: what it looks at within itself is not spread to those before it.
+        found = found.masked_fill(tokens.positions >= tokens.seen - self.window, 0)
         return avg_pool1d(found, self.kernel, stride=1, padding=self.kernel // 2)

@@ -20,7 +20,7 @@ class TOVA(CachePolicy):
         id="cache/tova",
         paper=Paper(title="Transformers are Multi-State RNNs", arxiv="2401.06104", venue="EMNLP 2024"),
         status="VERIFIED",
-        checked="the formula in fp64",
+        checked="the formula in fp64, and the numbers of kvpress 0.5.5",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"window"})

@@ -74,28 +74,28 @@ def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> lis
     return [part.view(score.shape) for part, score in zip(shown.split(sizes, 1), scores, strict=True)]
 
 
-def pyramid_counts(count: int, available: int, layers: int, protected: int, beta: float) -> list[int]:
+def pyramid_counts(count: int, available: int, layers: int, window: int, beta: float) -> list[int]:
     """Tokens of each layer that fall from the first to the last by equal steps, as PyramidKV has it.
 
     Args:
         count: tokens of each layer if they were shared evenly.
         available: tokens there are.
         layers: how many layers.
-        protected: tokens that every layer keeps, within its count.
-        beta: the last layer keeps one part in so many of the mean, beyond the protected.
+        window: tokens that every layer keeps within its count, whatever their score.
+        beta: beyond the window the last layer keeps one part in so many of the mean.
 
     Returns:
         Counts that add up to ``layers * count`` exactly; all `count` where the steps do not fit.
     """
     even = [count] * layers
-    if layers == 1 or count >= available or count <= protected:
+    if layers == 1 or count >= available or count <= window:
         return even
-    least = (count - protected) / beta + protected
+    least = (count - window) / beta + window
     most = 2 * count - least
     if most > available:
         most = float(available)
         least = 2 * count - most
-    if not available >= most >= least >= protected:
+    if not available >= most >= least >= window:
         return even
     sizes = [most - layer * (most - least) / (layers - 1) for layer in range(layers)]
     return apportion(count * layers, sizes, [available] * layers)
