@@ -41,6 +41,9 @@ def test_each_number_depends_on_its_own_place_alone():
     part = gumbel_noise(0, torch.tensor([1]), torch.tensor([[17], [250]]), torch.tensor([399, 3]))
     assert torch.equal(part, whole[1, [17, 250]][:, [399, 3]])
     assert torch.equal(whole, noise())
+    # Where the largest number there is stands, and the smallest.
+    ends = gumbel_noise(0, torch.tensor(0), torch.tensor([530, 515]), torch.tensor([3559, 6040]))
+    assert torch.allclose(ends, torch.tensor([16.635532, -2.811541]))
     # Numbers of one machine are those of all: pinned.
     expected = torch.tensor([1.0648893, 0.2078814, 0.1734333, 0.6269976])  # from whole numbers of Python
     assert float((whole[1, 5, :4] - expected).abs().max()) < 1e-5

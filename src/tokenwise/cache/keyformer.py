@@ -84,6 +84,7 @@ class Keyformer(H2O):
     def _noise(self, tokens: StoredTokens, queries: int, outer: slice, inner: slice) -> Callable[[Tensor], Tensor]:
         """Noise of some heads, the same for a row whether it is padded or not."""
         import torch
+        from torch.nn.functional import pad
 
         from tokenwise.signals.gumbel import gumbel_noise
 
@@ -91,18 +92,15 @@ class Keyformer(H2O):
         lanes = (tokens.layer * tokens.query_heads + heads).view(1, -1, 1, 1)
         pads = tokens.pads.view(-1, 1, 1, 1)
         places = tokens.positions[:, inner] if tokens.positions.shape[1] > 1 else tokens.positions
-        keys = (
-            places.repeat_interleave(len(heads) // places.shape[1], 1).unsqueeze(2)
-            if places.shape[1] > 1
-            else places.unsqueeze(2)
-        )
-        keys = keys - pads
+        keys = places.repeat_interleave(len(heads) // places.shape[1], 1).unsqueeze(2) - pads
         # Rows that are alike share their noise.
         if len(pads) > 1 and bool((keys == keys[:1]).all()) and bool((pads == pads[:1]).all()):
             keys, pads = keys[:1], pads[:1]
 
         def noise(positions: Tensor) -> Tensor:
             asking = (tokens.seen - queries + positions).view(1, 1, -1, 1) - pads
-            return gumbel_noise(self.seed, lanes, asking, keys)
+            # Keys behind the last of these queries are hidden from all of them.
+            hidden = queries - 1 - int(positions[0, -1])
+            return pad(gumbel_noise(self.seed, lanes, asking, keys[..., : keys.shape[3] - hidden]), (0, hidden))
 
         return noise
