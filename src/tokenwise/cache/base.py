@@ -91,7 +91,7 @@ class StoredTokens:
         return rows * (places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1)
 
     def received(
-        self, call: AttentionCall, temperature: float = 1.0, noise: Callable[[Tensor], Tensor] | None = None
+        self, call: AttentionCall, temperature: float = 1.0, noise: Callable[[Tensor, int], Tensor] | None = None
     ) -> Tensor:
         """The attention that each stored token receives from the queries of a call, padding left out.
 

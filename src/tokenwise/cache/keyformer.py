@@ -81,10 +81,9 @@ class Keyformer(H2O):
             found.append(tokens.received(part, temperature, self._noise(tokens, call.query.shape[2], outer, inner)))
         tokens.accumulate("received", torch.cat(found, 1))
 
-    def _noise(self, tokens: StoredTokens, queries: int, outer: slice, inner: slice) -> Callable[[Tensor], Tensor]:
+    def _noise(self, tokens: StoredTokens, queries: int, outer: slice, inner: slice) -> Callable[[Tensor, int], Tensor]:
         """Noise of some heads, the same for a row whether it is padded or not."""
         import torch
-        from torch.nn.functional import pad
 
         from tokenwise.signals.gumbel import gumbel_noise
 
@@ -97,10 +96,8 @@ class Keyformer(H2O):
         if len(pads) > 1 and bool((keys == keys[:1]).all()) and bool((pads == pads[:1]).all()):
             keys, pads = keys[:1], pads[:1]
 
-        def noise(positions: Tensor) -> Tensor:
+        def noise(positions: Tensor, end: int) -> Tensor:
             asking = (tokens.seen - queries + positions).view(1, 1, -1, 1) - pads
-            # Keys behind the last of these queries are hidden from all of them.
-            hidden = queries - 1 - int(positions[0, -1])
-            return pad(gumbel_noise(self.seed, lanes, asking, keys[..., : keys.shape[3] - hidden]), (0, hidden))
+            return gumbel_noise(self.seed, lanes, asking, keys[..., :end])
 
         return noise
