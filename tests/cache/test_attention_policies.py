@@ -380,3 +380,28 @@ def test_keyformer_keeps_others_with_another_seed_and_the_same_with_the_same():
     assert torch.equal(kept(), kept(seed=0))
     assert not torch.equal(kept(), kept(seed=1))
     assert not torch.equal(kept(), kept(gumbel=False))
+
+
+def test_a_window_reaches_back_over_what_has_been_read_alone(monkeypatch):
+    model, ids = decoder(), prompt(30)
+    seen = []
+    plain = StoredTokens.window_rows
+    monkeypatch.setattr(StoredTokens, "window_rows", lambda self: seen.append(plain(self)) or seen[-1])
+    with tw.evict(model, tw.SnapKV(keep=0.9, queries=8)) as cache:
+        for part in ids.split([20, 3, 1, 1, 5], 1):
+            model(part, past_key_values=cache)
+            # Of eight queries, where three follow twenty; of five, behind two that were generated.
+        assert [rows.shape[3] for rows in seen[::3]] == [8, 8, 5]
+        positions = cache.layers[0].positions
+        assert positions.shape[2] == 27
+
+
+@pytest.mark.parametrize("method", ["SnapKV", "AdaKV"])
+def test_a_second_turn_is_scored_by_its_own_queries(method):
+    model, ids = decoder(), prompt(30)
+    method = getattr(tw, method)(keep=0.9, queries=8)
+    with tw.evict(model, method) as cache, tw.evict(model, method, masked=True) as hidden:
+        for part in ids.split([20, 1, 1, 8], 1):
+            one, other = (model(part, past_key_values=which).logits for which in (cache, hidden))
+            assert float((one - other).abs().max()) < 2e-5
+        assert all(torch.equal(cache.kept(index), hidden.kept(index)) for index in range(3))

@@ -53,6 +53,7 @@ class EvictingCache(Cache, Handle):
         self._calls: dict[int, tuple[float, float | None, int]] = {}
         self._pending: dict[int, Tensor] = {}
         self._evicted_at: dict[int, int] = {}
+        self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
         self._held = False
         self._ended = False
@@ -159,7 +160,7 @@ class EvictingCache(Cache, Handle):
         other = EvictingCache(self.model, self.method.replace(keep=keep), masked=True)
         for index, layer in enumerate(self.layers):
             other.layers[index] = _shared(layer)
-        other._calls = dict(self._calls)
+        other._calls, other._observed_at = dict(self._calls), dict(self._observed_at)
         # What is protected, and some scores, depend on the budget.
         for index in self._places:
             other._evict(index)
@@ -187,6 +188,7 @@ class EvictingCache(Cache, Handle):
                 self.layers[index] = SelectiveLayer()
         self._pending.clear()
         self._evicted_at.clear()
+        self._observed_at.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         # Of a pass that broke off, some layers have seen the tokens and others have not.
@@ -273,11 +275,14 @@ class EvictingCache(Cache, Handle):
     def _observe(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         method = self.method
         if method.window:
-            before = layer.notes.get("queries")
+            # Queries of generated tokens may not have been read: what stood before them is no longer among the last.
+            follows = self._observed_at.get(index) == layer.seen - call.query.shape[2]
+            before = layer.notes.get("queries") if follows else None
             queries = call.query[:, :, -method.window :]
             if before is not None:
                 queries = torch.cat([before, queries], 2)[:, :, -method.window :]
             layer.notes["queries"] = queries.clone() if queries.shape[2] < call.query.shape[2] else queries
+        self._observed_at[index] = layer.seen
         even = layer
         if isinstance(layer, RaggedLayer):
             even, call = layer.padded(), layer.padded_call(call, whole)
