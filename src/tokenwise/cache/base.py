@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from tokenwise.policies.budget import KeepOrBytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokenwise.models.rotary import Rotary
     from tokenwise.models.tap import AttentionCall
 
 
@@ -39,7 +41,10 @@ class StoredTokens:
             tokens, 0 for new ones. ``received`` where the method reads it: the attention each key has received, summed
             over queries and the heads that share the key, fp32.
         notes: what it knows of each row, by name, each [batch, ...]. ``queries`` where it reads them: the last
-            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim].
+            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim]. ``repeats`` while the prompt
+            is repeated, where the method reads it: the column of the token that each query repeats, -1 for a query that
+            repeats none, -2 for padding, [batch, queries], int64.
+        rotary: how the model turns queries and keys, where the method reads it.
     """
 
     keys: Tensor
@@ -56,6 +61,7 @@ class StoredTokens:
     module: Any
     tracks: dict[str, Tensor]
     notes: dict[str, Tensor]
+    rotary: Rotary | None = None
 
     def over_queries(self, values: Tensor) -> Tensor:
         """[batch, query heads, ...] as the heads that share a key beside each other: [batch, key heads, group, ...]."""
@@ -94,7 +100,8 @@ class CachePolicy(Method):
     traits: ClassVar[tuple[str, ...]] = ("reads", "mode")
     reads: ClassVar[frozenset[str]] = frozenset()
     """What the score is made of: ``keys``, ``values``, ``window`` (the attention of the last queries), ``received``
-    (the attention of all of them)."""
+    (the attention of all of them), ``rotary`` (how queries are turned), ``repetition`` (the attention of the prompt
+    when it is read a second time)."""
     mode: ClassVar[Literal["evict", "select"]] = "evict"
     """Whether tokens leave the cache, or each step reads some of those stored."""
 
@@ -130,6 +137,19 @@ class CachePolicy(Method):
     def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
         """Look at an attention call, after the new tokens are stored: the place to note something in ``tokens.tracks``
         or ``tokens.notes``."""
+
+    def repetitions(self, ids: Tensor, real: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is read once more behind the prompt and then forgotten, where the method reads ``repetition``.
+
+        Args:
+            ids: of the tokens not yet repeated, [batch, tokens], int64.
+            real: which count, in each row the first ones, [batch, tokens], bool.
+
+        Yields:
+            The ids of each further pass, and the place in `ids` that each repeats, both [batch, queries], int64; -1 for
+            what repeats none, -2 for padding, behind all others.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def score(self, tokens: StoredTokens) -> Tensor:
