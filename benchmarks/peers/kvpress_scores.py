@@ -150,8 +150,8 @@ def main() -> None:
         budgets[f"{length} {ratio} {layers}"] = [press.get_layer_budget(module, length) for module in modules]
     golden = {
         "source": f"kvpress {importlib.metadata.version('kvpress')} on transformers "
-        f"{importlib.metadata.version('transformers')} and torch {torch.__version__}: score() while a small Llama reads a "
-        "prompt; made by benchmarks/peers/kvpress_scores.py",
+        f"{importlib.metadata.version('transformers')} and torch {torch.__version__}: scores while a small Llama reads "
+        "a prompt; made by benchmarks/peers/kvpress_scores.py",
         "config": CONFIG,
         "tokens": TOKENS,
         "scores": {name: {"fields": fields, "scores": scores(press())} for name, (fields, press) in PRESSES.items()},

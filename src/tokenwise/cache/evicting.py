@@ -63,7 +63,7 @@ class EvictingCache(Cache, Handle):
         mine = weakref.ref(self)
         for index in self._places:
             self.on_undo(listen(attentions[index], _listener(mine, index)))
-        hook = model.register_forward_pre_hook(_repairer(mine))
+        hook = model.register_forward_pre_hook(_repairer(mine), with_kwargs=True)
         self.on_undo(hook.remove)
         if self._repeats:
             self.on_undo(model.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
@@ -292,11 +292,13 @@ class EvictingCache(Cache, Handle):
             full_bytes=self._full_bytes(),
         )
 
-    def _has_read(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """After a pass of the model, where the prompt is to be repeated."""
-        if self._again is not None or not any(value is self for value in (*args, *options.values())):
-            return
-        ids, mask, places = (options.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    def _prompt_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+        """Ids and mask of a pass of the model with this cache, where the prompt is to be repeated."""
+        if not self._repeats or self._again is not None:
+            return None
+        if not any(value is self for value in (*args, *options.values())):
+            return None
+        ids, mask = (options.get(name) for name in ("input_ids", "attention_mask"))
         ids = args[0] if ids is None and args else ids
         if not isinstance(ids, Tensor) or (mask is not None and getattr(mask, "ndim", 0) != 2):
             raise InputError(
@@ -307,6 +309,14 @@ class EvictingCache(Cache, Handle):
                     "Pass input_ids, or use a method such as snap_kv.",
                 )
             )
+        return ids, mask
+
+    def _has_read(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """After a pass of the model."""
+        prompt = self._prompt_of(args, options)
+        if prompt is None:
+            return
+        (ids, mask), places = prompt, options.get("position_ids")
         first = self._selective(self._places[0])
         before = first.notes.get("unrepeated")
         first.notes["unrepeated"] = ids if before is None else torch.cat([before, ids], 1)
@@ -603,10 +613,11 @@ def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
 
 
 def _repairer(cache: weakref.ref[EvictingCache]) -> Any:
-    def repair(module: nn.Module, args: Any) -> None:
+    def repair(module: nn.Module, args: Any, options: Any) -> None:
         found = cache()
         if found is not None:
             found._repair()
+            found._prompt_of(args, options)
 
     return repair
 
