@@ -1,27 +1,29 @@
 """Reads a prompt and decodes under one of kvpress's presses; `cache_peer.py` starts it.
 
-Usage: python kvpress_worker.py FOLDER THREADS
+Usage: python kvpress_worker.py FOLDER THREADS CLOCK
 
-It runs in an environment of kvpress, and needs nothing of tokenwise. FOLDER holds a saved model and ``prompt.json``. For
-each line of JSON with a press on standard input it writes one with the seconds and the decoded tokens.
+It runs in an environment of kvpress, and needs nothing of tokenwise. FOLDER holds a saved model and ``prompt.json``.
+CLOCK is a function of `time`. For each line of JSON with a press on standard input it writes one with the seconds and
+the decoded tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kvpress
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache
-
-import kvpress
 from kvpress.presses import kvzip_press
+from transformers import AutoModelForCausalLM, DynamicCache
 
 
 def tokenizer_of_ids(prompts: dict[str, list[int]]) -> Any:
@@ -35,22 +37,28 @@ def tokenizer_of_ids(prompts: dict[str, list[int]]) -> Any:
 
 
 def press_of(described: dict[str, Any]) -> Any:
-    """``{"class": name, field: value, ...}``, where a value may be a press again."""
+    """``{"class": name, field: value, ...}``, where a value may be a press again; without a class none is used."""
+    if "class" not in described:
+        return lambda model: contextlib.nullcontext()
     fields = {name: press_of(value) if isinstance(value, dict) else value for name, value in described.items()}
     return getattr(kvpress, fields.pop("class"))(**fields)
 
 
 @torch.no_grad()
-def run(model: Any, ids: torch.Tensor, decoded: int, press: Any) -> tuple[float, list[int]]:
-    start, count = time.perf_counter(), ids.shape[1]
+def run(
+    model: Any, ids: torch.Tensor, decoded: int, press: Any, clock: Callable[[], float]
+) -> tuple[list[float], list[int]]:
+    """Seconds of reading and of decoding, and what was decoded."""
+    start, count = clock(), ids.shape[1]
     cache, found = DynamicCache(config=model.config), []
     with press(model):
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+    read = clock()
     for step in range(decoded):
         found.append(int(logits[0, -1].argmax()))
         place = torch.tensor([[count + step]])
         logits = model(torch.tensor([found[-1:]]), past_key_values=cache, position_ids=place).logits
-    return time.perf_counter() - start, found
+    return [read - start, clock() - read], found
 
 
 def main() -> None:
@@ -65,8 +73,8 @@ def main() -> None:
     for line in sys.stdin:
         described = json.loads(line)
         # Attention that is looked at needs the implementation that returns it.
-        model.set_attn_implementation("eager" if described["class"] == "ObservedAttentionPress" else "sdpa")
-        seconds, found = run(model, ids, job["decoded"], press_of(described))
+        model.set_attn_implementation("eager" if described.get("class") == "ObservedAttentionPress" else "sdpa")
+        seconds, found = run(model, ids, job["decoded"], press_of(described), getattr(time, sys.argv[3]))
         for layer in model.model.layers:
             layer.self_attn.masked_key_indices = None
         print(json.dumps({"seconds": seconds, "tokens": found}), flush=True)
