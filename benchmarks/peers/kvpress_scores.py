@@ -97,7 +97,7 @@ def hidden(press: Any) -> list[list[int]]:
 
 
 def kept(press: Any) -> list[list[int]]:
-    """Of each layer the tokens that stay, head by head, found again by their values."""
+    """Of each layer the tokens that stay, head by head, found again by their keys."""
     model = small_model("sdpa")
     ids = prompt()
     full, cache = (DynamicCache(config=model.config) for _ in range(2))
@@ -107,7 +107,7 @@ def kept(press: Any) -> list[list[int]]:
             model(ids, past_key_values=cache)
     found = []
     for whole, layer in zip(full.layers, cache.layers, strict=True):
-        same = (layer.values.unsqueeze(3) == whole.values.unsqueeze(2)).all(-1)
+        same = (layer.keys.unsqueeze(3) == whole.keys.unsqueeze(2)).all(-1)
         found.append([sorted(head.nonzero()[:, 1].tolist()) for head in same[0]])
     return found
 

@@ -119,14 +119,14 @@ class EvictingCache(Cache, Handle):
                     "Use a method such as snap_kv.",
                 )
             )
-        attention = next(iter(self._attentions.values()), None)
-        if attention is not None and method.positions == "compact":
-            self._rotary = find_rotary(model, attention)
-        elif attention is not None and "rotary" in method.reads:
-            use = f"{name} reads queries as they were before they were turned"
-            self._rotary = find_rotary(model, attention, "method", use, "Use a method such as snap_kv.")
         if problems:
             raise InputError(problems)
+        attention = self._attentions[self._places[0]]
+        if method.positions == "compact":
+            self._rotary = find_rotary(model, attention)
+        elif "rotary" in method.reads:
+            use = f"{name} reads queries as they were before they were turned"
+            self._rotary = find_rotary(model, attention, "method", use, "Use a method such as snap_kv.")
 
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take, of layers with a window, too."""
