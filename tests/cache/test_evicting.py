@@ -32,6 +32,10 @@ METHODS = {
     "chunk_kv": lambda **fields: tw.ChunkKV(**{"keep": 0.5, "queries": 8, "chunk": 5, **fields}),
     "keyformer": lambda **fields: tw.Keyformer(**{"keep": 0.5, **fields}),
     "sp_atten_cache": lambda **fields: tw.SpAttenCache(**{"keep": 0.5, **fields}),
+    "key_diff": lambda **fields: tw.KeyDiff(**{"keep": 0.5, "recent": 4, **fields}),
+    "lag_kv": lambda **fields: tw.LagKV(**{"keep": 0.5, "lag": 6, **fields}),
+    "expected_attention": lambda **fields: tw.ExpectedAttention(**{"keep": 0.5, "recent": 4, "future": 32, **fields}),
+    "kv_zip": lambda **fields: tw.KVzip(**{"keep": 0.5, "chunk": 16, "instruction": [3, 4], **fields}),
     "random": lambda **fields: tw.cache.Random(**{"keep": 0.5, **fields}),
 }
 ALLOCATIONS = ("evenly", "pyramid", "heads", "layers_and_heads")
@@ -62,8 +66,6 @@ def test_all_kept_is_the_stock_cache_to_the_bit(kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_evicting_equals_hiding(kind, method):
     model, ids = decoder(kind), prompt()
-    if kind == "gemma3" and method == "streaming_llm":
-        pytest.skip("its layers turn keys in two ways")
     stock = generate(model, ids)
     with tw.evict(model, METHODS[method]()) as cache, tw.evict(model, METHODS[method](), masked=True) as hidden:
         evicted, masked = generate(model, ids, cache), generate(model, ids, hidden)
@@ -71,8 +73,8 @@ def test_evicting_equals_hiding(kind, method):
         assert difference(evicted, stock) > 1e-2
         full = [index for index, layer in enumerate(cache.layers) if index in cache._places]
         assert all(torch.equal(cache.kept(index), hidden.kept(index)) for index in full)
-        # Heads of different lengths have room for tokens to come.
-        assert cache.nbytes() < hidden.nbytes() or method == "ada_kv"
+        # Heads of different lengths are given room for 64 more tokens each, which is more than the prompt here.
+        assert cache.nbytes() < hidden.nbytes() or cache.method.allocate != "evenly"
 
 
 @pytest.mark.parametrize("allocate", ALLOCATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tokenwise.models.rotary import Rotary
     from tokenwise.models.tap import AttentionCall
 
 
@@ -44,6 +46,9 @@ class StoredTokens:
         notes: what it knows of each row, by name, each [batch, ...]. ``queries`` where it reads them: the last
             `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim]. While tokens are scored,
             ``counts``: how many of them each head is to keep, [batch], int64, were the layer's budget shared evenly.
+            ``repeats`` while the prompt is repeated, where the method reads it: the column of the token that each query
+            repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
+        rotary: how the model turns queries and keys, where the method reads it.
         earlier: what the layers before noted for this one while the same tokens were scored, by name, each
             [batch, seen]. ``kept`` where the method reads ``earlier``: what the layer before stores. Empty in the
             first layer, and where nothing had to go yet.
@@ -63,6 +68,7 @@ class StoredTokens:
     module: Any
     tracks: dict[str, Tensor]
     notes: dict[str, Tensor]
+    rotary: Rotary | None = None
     earlier: dict[str, Tensor] = field(default_factory=dict)
 
     def over_queries(self, values: Tensor) -> Tensor:
@@ -140,7 +146,8 @@ class CachePolicy(Method):
     traits: ClassVar[tuple[str, ...]] = ("reads", "mode")
     reads: ClassVar[frozenset[str]] = frozenset()
     """What the score is made of: ``keys``, ``values``, ``window`` (the attention of the last queries), ``received``
-    (the attention of all of them), ``earlier`` (what the layers before keep)."""
+    (the attention of all of them), ``earlier`` (what the layers before keep), ``rotary`` (how queries are turned),
+    ``repetition`` (the attention of the prompt when it is read a second time)."""
     mode: ClassVar[Literal["evict", "select"]] = "evict"
     """Whether tokens leave the cache, or each step reads some of those stored."""
 
@@ -195,6 +202,19 @@ class CachePolicy(Method):
         or ``tokens.notes``."""
         if "received" in self.reads:
             tokens.accumulate("received", tokens.received(call))
+
+    def repetitions(self, ids: Tensor, real: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is read once more behind the prompt and then forgotten, where the method reads ``repetition``.
+
+        Args:
+            ids: of the tokens not yet repeated, [batch, tokens], int64.
+            real: which count, in each row the first ones, [batch, tokens], bool.
+
+        Yields:
+            The ids of each further pass, and the place in `ids` that each repeats, both [batch, queries], int64; -1 for
+            what repeats none, -2 for padding, behind all others.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def score(self, tokens: StoredTokens) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tokenwise.cache.base import CachePolicy, StoredTokens
 from tokenwise.errors import InputError, Problem
@@ -57,13 +57,18 @@ class EvictingCache(Cache, Handle):
         self._earlier: dict[str, Tensor] = {}
         self._held = False
         self._ended = False
+        self._repeats = "repetition" in method.reads and (masked or method.keep != 1.0)
+        self._again: Tensor | None = None
+        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
         self._rotary: Rotary | None = None
         self._check(model)
         mine = weakref.ref(self)
         for index in self._places:
             self.on_undo(listen(attentions[index], _listener(mine, index)))
-        hook = model.register_forward_pre_hook(_repairer(mine))
+        hook = model.register_forward_pre_hook(_repairer(mine), with_kwargs=True)
         self.on_undo(hook.remove)
+        if self._repeats:
+            self.on_undo(model.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
         weakref.finalize(self, self._undos.close)
 
     def _check(self, model: nn.Module) -> None:
@@ -103,10 +108,29 @@ class EvictingCache(Cache, Handle):
                         "Keep more.",
                     )
                 )
-        if method.positions == "compact" and not problems:
-            self._rotary = find_rotary(model, self._attentions[self._places[0]])
+        if self._repeats and (
+            getattr(model.config, "vision_config", None) is not None
+            or any(
+                index not in self._attentions and not isinstance(layer, DynamicSlidingWindowLayer)
+                for index, layer in enumerate(self.layers)
+            )
+        ):
+            problems.append(
+                Problem(
+                    "model",
+                    f"{name} reads the prompt's tokens a second time and forgets that it did; images, and layers "
+                    "with a state, do not allow it.",
+                    "Use a method such as snap_kv.",
+                )
+            )
         if problems:
             raise InputError(problems)
+        attention = self._attentions[self._places[0]]
+        if method.positions == "compact":
+            self._rotary = find_rotary(model, attention)
+        elif "rotary" in method.reads:
+            use = f"{name} reads queries as they were before they were turned"
+            self._rotary = find_rotary(model, attention, "method", use, "Use a method such as snap_kv.")
 
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take, of layers with a window, too."""
@@ -140,9 +164,18 @@ class EvictingCache(Cache, Handle):
         finally:
             self._held = False
         with torch.no_grad():
-            for index in self._places:
-                if self._selective(index).seen:
-                    self._evict(index)
+            if self._selective(self._places[0]).seen:
+                self._evict_from_all()
+
+    def _evict_from_all(self) -> None:
+        first = self._selective(self._places[0])
+        if not self.masked and bool((self._counts(first) >= first.notes["counted"]).all()):
+            return
+        if self._repeats and "unrepeated" in first.notes:
+            self._repeat(first)
+        for index in self._places:
+            self._evict(index)
+        self._note_sizes()
 
     def with_keep(self, keep: float | str) -> EvictingCache:
         """The cache as it would be with another budget; keys and values are shared, not copied.
@@ -226,7 +259,9 @@ class EvictingCache(Cache, Handle):
             return
         method, tokens, whole = self.method, call.query.shape[2], call.mask
         reading = tokens > 1 or layer.seen == tokens
-        if reading:
+        if self._again is not None:
+            pass
+        elif reading:
             self._note_padding(layer, call, whole)
         else:
             layer.notes["counted"] = layer.notes["counted"] + tokens
@@ -239,19 +274,102 @@ class EvictingCache(Cache, Handle):
             call.mask = mask
         if (method.keep == 1.0 and not self.masked) or (not reading and method.interval is None):
             return
+        if self._again is not None:
+            self._attended_again(index, layer, call, whole)
+            return
         self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
         with torch.no_grad():
             self._observe(index, layer, call, whole)
             since = layer.seen - self._evicted_at.get(index, 0)
-            if not self._held and (reading or (method.interval is not None and since >= method.interval)):
+            if (
+                not self._held
+                and not self._repeats
+                and (reading or (method.interval is not None and since >= method.interval))
+            ):
                 self._evict(index)
         if index == self._places[-1]:
-            self.stats.update(
-                tokens_seen=layer.seen,
-                tokens_stored=self._mean_stored(),
-                bytes=self.nbytes(),
-                full_bytes=self._full_bytes(),
+            self._note_sizes()
+
+    def _note_sizes(self) -> None:
+        self.stats.update(
+            tokens_seen=self.get_seq_length(),
+            tokens_stored=self._mean_stored(),
+            bytes=self.nbytes(),
+            full_bytes=self._full_bytes(),
+        )
+
+    def _prompt_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+        """Ids and mask of a pass of the model with this cache, where the prompt is to be repeated."""
+        if not self._repeats or self._again is not None:
+            return None
+        if not any(value is self for value in (*args, *options.values())):
+            return None
+        ids, mask = (options.get(name) for name in ("input_ids", "attention_mask"))
+        ids = args[0] if ids is None and args else ids
+        if not isinstance(ids, Tensor) or (mask is not None and getattr(mask, "ndim", 0) != 2):
+            raise InputError(
+                Problem(
+                    "input_ids",
+                    f"{type(self.method).__name__} reads the prompt a second time: it needs the tokens' ids, and a "
+                    "mask of [batch, tokens], if any.",
+                    "Pass input_ids, or use a method such as snap_kv.",
+                )
             )
+        return ids, mask
+
+    def _has_read(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """After a pass of the model."""
+        prompt = self._prompt_of(args, options)
+        if prompt is None:
+            return
+        (ids, mask), places = prompt, options.get("position_ids")
+        first = self._selective(self._places[0])
+        before = first.notes.get("unrepeated")
+        first.notes["unrepeated"] = ids if before is None else torch.cat([before, ids], 1)
+        self._last = (mask, None if places is None else places[..., -1:])
+        if not self._held and (ids.shape[1] > 1 or first.seen == 1):
+            with torch.no_grad():
+                self._evict_from_all()
+
+    def _repeat(self, first: SelectiveLayer) -> None:
+        """Read the tokens that have not been a second time, for the method to look on."""
+        ids, seen, (mask, place) = first.notes["unrepeated"], first.seen, self._last
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
+        # In each row what counts is moved to the front.
+        order = (~real).long().argsort(dim=1, stable=True)
+        columns = seen - ids.shape[1] + order
+        inner: Any = getattr(self.model, "base_model", self.model)
+        windows = {index: layer for index, layer in enumerate(self.layers) if index not in self._attentions}
+        try:
+            for more, repeats in self.method.repetitions(ids.gather(1, order), real.gather(1, order)):
+                for index, layer in windows.items():
+                    self.layers[index] = copy.copy(layer)
+                self._again = torch.where(repeats < 0, repeats, columns.gather(1, repeats.clamp_min(0)))
+                options: dict[str, Tensor] = {}
+                if mask is not None:
+                    options["attention_mask"] = torch.cat([mask, (repeats > -2).to(mask.dtype)], 1)
+                if place is not None:
+                    options["position_ids"] = place + 1 + torch.arange(more.shape[1], device=more.device)
+                inner(input_ids=more, past_key_values=self, use_cache=True, **options)
+        finally:
+            self._again = None
+            for index, layer in windows.items():
+                self.layers[index] = layer
+        del first.notes["unrepeated"]
+
+    def _attended_again(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
+        """Let the method look at the attention of a repetition, and forget its tokens."""
+        assert self._again is not None
+        even, tokens = layer, call.query.shape[2]
+        with torch.no_grad():
+            layer.notes["repeats"] = self._again
+            if isinstance(layer, RaggedLayer):
+                even, call = layer.padded(), layer.padded_call(call, whole)
+            self.method.observe(self._tokens(index, even), call)
+            if isinstance(layer, RaggedLayer):
+                layer.set_tracks(even.tracks)
+            del layer.notes["repeats"]
+            layer.take_back(layer.seen - tokens)
 
     def _note_padding(self, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         """Count the padding of each row."""
@@ -317,6 +435,7 @@ class EvictingCache(Cache, Handle):
             self._attentions[index],
             layer.tracks,
             layer.notes,
+            rotary=self._rotary,
             earlier=self._earlier,
         )
 
@@ -430,8 +549,9 @@ class EvictingCache(Cache, Handle):
         Keys move towards the next token rather than the next token towards them: a rotary embedding knows distances
         alone, and the model goes on counting as it does.
         """
-        if self._rotary is None:
+        if self.method.positions != "compact":
             return
+        assert self._rotary is not None
         assert layer.keys is not None
         assert layer.positions is not None
         real = layer.real if shown is None else shown
@@ -499,12 +619,22 @@ def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
 
 
 def _repairer(cache: weakref.ref[EvictingCache]) -> Any:
-    def repair(module: nn.Module, args: Any) -> None:
+    def repair(module: nn.Module, args: Any, options: Any) -> None:
         found = cache()
         if found is not None:
             found._repair()
+            found._prompt_of(args, options)
 
     return repair
+
+
+def _repeater(cache: weakref.ref[EvictingCache]) -> Any:
+    def repeat(module: nn.Module, args: Any, options: Any, output: Any) -> None:
+        found = cache()
+        if found is not None:
+            found._has_read(args, options)
+
+    return repeat
 
 
 def _layers(model: nn.Module) -> list[Any]:
