@@ -405,3 +405,20 @@ def test_a_second_turn_is_scored_by_its_own_queries(method):
             one, other = (model(part, past_key_values=which).logits for which in (cache, hidden))
             assert float((one - other).abs().max()) < 2e-5
         assert all(torch.equal(cache.kept(index), hidden.kept(index)) for index in range(3))
+
+
+@pytest.mark.parametrize("name", ["TOVA", "ObservedAttention", "CriticalKV", "ChunkKV", "Keyformer", "SpAttenCache"])
+def test_bf16_is_scored_in_more(name):
+    model, ids = decoder().bfloat16(), prompt(40, rows=2)
+    fields = {"queries": 8} if name in ("CriticalKV", "ChunkKV") else {}
+    found = []
+    method = getattr(tw, name)(keep=0.5, **fields)
+    with tw.evict(model, method) as cache:
+        plain = cache._scores
+        cache._scores = lambda *given: found.append(plain(*given)) or found[-1]
+        model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert all(scores.dtype == torch.float32 for scores in found)
+        # Ties, which bfloat16 would give in numbers, are rare.
+        free = found[0][0, 0][found[0][0, 0] < 1e30]
+        assert len(free.unique()) > 0.9 * len(free) > 0
+        assert cache.layers[0].keys.dtype == torch.bfloat16
