@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenwise.policies.apportion import apportion
 
 
-def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: int) -> Tensor:
+def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: Tensor) -> Tensor:
     """Which tokens stay whatever their score: the first and the last.
 
     Args:
@@ -18,12 +18,12 @@ def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: int
         pads: columns of padding in front of each row, [batch].
         seen: columns so far.
         sink: how many of the first tokens.
-        recent: how many of the last tokens.
+        recent: how many of the last tokens of each row, [batch].
 
     Returns:
         [batch, heads, stored], bool; padding is never protected.
     """
-    pads = pads.view(-1, 1, 1)
+    pads, recent = pads.view(-1, 1, 1), recent.view(-1, 1, 1)
     inside = positions >= pads
     return inside & ((positions < pads + sink) | (positions >= seen - recent))
 
@@ -86,8 +86,8 @@ def pyramid_counts(count: int, available: int, layers: int, window: int, beta: f
         count: tokens of each layer if they were shared evenly.
         available: tokens there are.
         layers: how many layers.
-        window: tokens at the end that every layer keeps.
-        beta: how much less than the mean the last layer keeps beyond the window.
+        window: tokens that every layer keeps within its count, whatever their score.
+        beta: beyond the window the last layer keeps one part in so many of the mean.
 
     Returns:
         Counts that add up to ``layers * count`` exactly; all `count` where the steps do not fit.
@@ -95,7 +95,6 @@ def pyramid_counts(count: int, available: int, layers: int, window: int, beta: f
     even = [count] * layers
     if layers == 1 or count >= available or count <= window:
         return even
-    # Their capacity is the window and the share of the tokens; ours counts the window in.
     least = (count - window) / beta + window
     most = 2 * count - least
     if most > available:
