@@ -104,6 +104,11 @@ class EvictingCache(Cache, Handle):
         if problems:
             raise InputError(problems)
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The layers whose cache is evicted from, by their index in the model."""
+        return tuple(self._places)
+
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take, of layers with a window, too."""
         return sum(_nbytes(layer) for layer in self.layers)
@@ -244,7 +249,7 @@ class EvictingCache(Cache, Handle):
                 tokens_seen=layer.seen,
                 tokens_stored=self._mean_stored(),
                 bytes=self.nbytes(),
-                full_bytes=self._full_bytes(),
+                full_bytes=self.full_nbytes(),
             )
 
     def _note_padding(self, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
@@ -473,7 +478,8 @@ class EvictingCache(Cache, Handle):
         sizes = [self._selective(index).mean_stored() for index in self._places if self._selective(index).seen]
         return sum(sizes) / max(len(sizes), 1)
 
-    def _full_bytes(self) -> int:
+    def full_nbytes(self) -> int:
+        """Bytes that a cache of all tokens seen would take."""
         full = 0
         for index, layer in enumerate(self.layers):
             if index not in self._attentions:
