@@ -87,6 +87,15 @@ def test_what_cannot_be_used_is_said(folder, monkeypatch, capsys, arguments, fie
     assert expected in " ".join(error.split())
 
 
+def test_what_is_read_is_shown_where_all_is_stored(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    arguments = ["evict", "model", TEXT, "--method", "token_select", "--keep", "6 tokens", "-p", "sink=1"]
+    assert main([*arguments, "-p", "recent=2", "--max-new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tokens read, last step +\d+ +6 \(", out)
+    assert "share of layers and heads that read it in the last step" in out
+
+
 def test_a_missing_model_is_said(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(["evict", "./modle", TEXT, "--method", "k_norm"]) == 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tokenwise.method import Method
-from tokenwise.policies.budget import KeepOrBytes
+from tokenwise.policies.budget import Keep, KeepOrBytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,19 +83,15 @@ class StoredTokens:
         return rows * (places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1)
 
 
-class CachePolicy(Method):
-    """Keeps the cached tokens that matter.
-
-    A subclass scores the tokens that a layer stores (`score`); which of them stay under the budget, what is protected,
-    and that the memory of the others is freed, is done here for all.
-    """
+class CacheMethod(Method):
+    """What methods that free cached tokens and methods that read some of them at each step have in common."""
 
     family: ClassVar[str] = "cache"
     traits: ClassVar[tuple[str, ...]] = ("reads", "mode")
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the score is made of: ``keys``, ``values``, ``window`` (the attention of the last queries), ``received``
-    (the attention of all of them)."""
-    mode: ClassVar[Literal["evict", "select"]] = "evict"
+    """What the score is made of: ``keys``, ``values``, ``queries`` (those of this step), ``window`` (the attention of
+    the last queries), ``received`` (the attention of all of them)."""
+    mode: ClassVar[Literal["evict", "select"]]
     """Whether tokens leave the cache, or each step reads some of those stored."""
 
     keep: KeepOrBytes = 0.5
@@ -105,6 +101,22 @@ class CachePolicy(Method):
     """Tokens at the beginning that stay, within the budget."""
     recent: Annotated[int, Field(ge=0)] = 0
     """Tokens at the end that stay, within the budget."""
+
+    @property
+    def protects(self) -> int:
+        """How many tokens stay whatever their score."""
+        return self.sink + self.recent
+
+
+class CachePolicy(CacheMethod):
+    """Keeps the cached tokens that matter.
+
+    A subclass scores the tokens that a layer stores (`score`); which of them stay under the budget, what is protected,
+    and that the memory of the others is freed, is done here for all.
+    """
+
+    mode: ClassVar[Literal["evict", "select"]] = "evict"
+
     interval: Annotated[int, Field(ge=1)] | None = None
     """Evict while generating, too, every so many tokens; None: only when a prompt, or a part of one, has been read."""
     positions: Literal["original", "compact"] = "original"
@@ -134,3 +146,35 @@ class CachePolicy(Method):
     @abstractmethod
     def score(self, tokens: StoredTokens) -> Tensor:
         """How much each stored token matters, [batch, key heads or 1, stored]; larger stays."""
+
+
+class CacheSelector(CacheMethod):
+    """Stores all tokens, and reads those at each step that matter to its query: nothing is lost, and less is read.
+
+    A subclass says which (`select`); that the attention is given these alone is done here for all. A prompt is read
+    with full attention, or its later parts are, too, where `parts` says so.
+    """
+
+    mode: ClassVar[Literal["evict", "select"]] = "select"
+    parts: ClassVar[bool] = False
+    """Whether parts of a prompt that follow others are read with a selection, too, and not generated tokens alone."""
+
+    keep: Keep = 0.25
+    """What is read of the tokens seen, in each layer and head that selects."""
+    sink: Annotated[int, Field(ge=0)] = 0
+    """Tokens at the beginning that are always read, within the budget."""
+    recent: Annotated[int, Field(ge=0)] = 0
+    """Tokens at the end that are always read, within the budget."""
+
+    def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
+        """Look at an attention call, after the new tokens are stored: the place to note something in
+        ``tokens.notes``."""
+
+    @abstractmethod
+    def select(self, tokens: StoredTokens, call: AttentionCall) -> Tensor | None:
+        """Which of the stored tokens this call reads, those of the call itself among them.
+
+        Returns:
+            Their places, [batch, key heads or 1, read], int64, rising; None where it reads all. Where a batch is
+            padded, rows may read different numbers: -1 fills up and stands first.
+        """

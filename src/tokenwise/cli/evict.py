@@ -81,16 +81,17 @@ def _print(trial: CacheTrial, console: Any) -> None:
     for name, before, after in trial.lines():
         table.add_row(Text(name), Text(before), Text(after))
     console.print(table)
-    meaning = "share of layers and heads that keep the token"
+    word = "read" if trial.selects else "kept"
+    meaning = f"share of layers and heads that {'read it in the last step' if trial.selects else 'keep the token'}"
     if not has_colours(console):
-        for line in [f"    kept  token ({meaning})", *_numbers(trial)]:
+        for line in [f"    {word}  token ({meaning})", *_numbers(trial)]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     console.print(coloured(trial.tokens, [colour(share) if share else "dim" for share in trial.shares]))
     console.print()
     steps = [step / 4 for step in range(5)]
     legend = coloured([f" {step:g} " for step in steps], [colour(step) if step else "dim" for step in steps])
-    console.print(Text("kept ") + legend + Text(f"  {meaning}"))
+    console.print(Text(f"{word} ") + legend + Text(f"  {meaning}"))
 
 
 def _numbers(trial: CacheTrial) -> list[str]:

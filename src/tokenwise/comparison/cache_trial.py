@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokenwise.cache.base import CachePolicy
+from tokenwise.cache.base import CachePolicy, CacheSelector
 from tokenwise.comparison.formatting import duration, memory, plain, ratio
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Method
@@ -25,12 +25,14 @@ class CacheTrial:
     Args:
         answers: with the full cache, and with the method's.
         seen: tokens of prompt and answer that the method's cache was given.
-        kept: how many of them it stores in the end, as a mean over layers and heads.
+        kept: how many of them it stores in the end, or the last step reads, as a mean over layers and heads.
         full_bytes: what a cache of all of them takes.
         bytes: what the method's takes.
         seconds: of the whole answer, with the full cache and with the method's.
         tokens: the text of each token of the prompt; joined they are the prompt as the model reads it.
-        shares: of the layers and heads that keep each of these tokens to the end; one item per token.
+        shares: of the layers and heads that keep each of these tokens to the end, or read it in the last step; one
+            item per token.
+        selects: whether all tokens are stored, and some of them read at each step.
     """
 
     answers: tuple[str, str]
@@ -41,13 +43,18 @@ class CacheTrial:
     seconds: tuple[float, float]
     tokens: Sequence[str]
     shares: Sequence[float]
+    selects: bool = False
 
     def lines(self) -> list[tuple[str, str, str]]:
         """What is shown: a name, before and after."""
         kept = plain(self.kept, 0 if self.kept.is_integer() else 1)
         return [
             ("answer", *self.answers),
-            ("cached tokens", str(self.seen), f"{kept} ({_percent(self.kept / self.seen)})"),
+            (
+                "tokens read, last step" if self.selects else "cached tokens",
+                str(self.seen),
+                f"{kept} ({_percent(self.kept / self.seen)})",
+            ),
             ("cache", memory(self.full_bytes), f"{memory(self.bytes)} ({_percent(self.bytes / self.full_bytes)})"),
             (
                 "time",
@@ -85,7 +92,7 @@ def try_out(model: str, method: Method, prompts: Sequence[str], max_new_tokens: 
     Raises:
         InputError: when the model, a prompt or the method cannot be used.
     """
-    if not isinstance(method, CachePolicy):
+    if not isinstance(method, CachePolicy | CacheSelector):
         raise InputError(
             Problem("--method", f"{method.card.id!r} is no method of the cache.", "See tokenwise methods.")
         )
@@ -130,7 +137,12 @@ def _read(prompt: str, tokenizer: Any) -> tuple[list[int], list[str]]:
 
 
 def _try(
-    model: Any, method: CachePolicy, tokenizer: Any, ids: list[int], tokens: list[str], max_new_tokens: int
+    model: Any,
+    method: CachePolicy | CacheSelector,
+    tokenizer: Any,
+    ids: list[int],
+    tokens: list[str],
+    max_new_tokens: int,
 ) -> CacheTrial:
     import torch
     from transformers import DynamicCache
@@ -169,6 +181,7 @@ def _try(
         (before[1], after[1]),
         tokens,
         kept.mean((0, 1))[: len(ids)].tolist(),
+        isinstance(method, CacheSelector),
     )
 
 

@@ -100,3 +100,27 @@ def pyramid_counts(count: int, available: int, layers: int, window: int, beta: f
         return even
     sizes = [most - layer * (most - least) / (layers - 1) for layer in range(layers)]
     return apportion(count * layers, sizes, [available] * layers)
+
+
+def kept_counts(keep: float | str, available: Tensor) -> Tensor:
+    """As `kept_count`, of each row: `available` and what is returned are [batch], int64."""
+    if isinstance(keep, str):
+        return available.clamp_max(int(keep.split()[0]))
+    return torch.floor(keep * available.double() + 0.5).long().clamp_min(1).minimum(available)
+
+
+def top_places(scores: Tensor, most: int, counts: Tensor | None = None) -> Tensor:
+    """The places of the largest scores, rising.
+
+    Args:
+        scores: [batch, heads, places]; of equal ones the first is taken.
+        most: how many, at most `places`.
+        counts: how many of each row where these differ, [batch], at most `most`.
+
+    Returns:
+        [batch, heads, most], int64; -1 where a row has fewer, which stand first.
+    """
+    order = scores.argsort(dim=2, descending=True, stable=True)[:, :, :most]
+    if counts is not None:
+        order = order.masked_fill(torch.arange(most, device=scores.device) >= counts.view(-1, 1, 1), -1)
+    return order.sort(dim=2).values
