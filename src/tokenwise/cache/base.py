@@ -128,6 +128,11 @@ class CachePolicy(CacheMethod):
     """Of its even share what each head keeps anyway, when heads share a budget."""
     beta: Annotated[float, Field(gt=1)] = 20.0
     """How small the last layer's share is, with `allocate` ``pyramid``: one part in so many."""
+    bits: Literal[8, 4] | None = None
+    """Bits of a channel in a second tier: what the budget's bytes leave over is spent on tokens with lower scores in so
+    many bits. None: all that stays is exact."""
+    exact: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the budget's bytes for exact tokens, those with the highest scores, with `bits`."""
 
     @property
     def window(self) -> int:

@@ -18,10 +18,12 @@ from tokenwise.method import Handle
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.ragged_kv import RaggedLayer
 from tokenwise.models.rotary import Rotary, find_rotary
-from tokenwise.models.selective_kv import SelectiveLayer
+from tokenwise.models.selective_kv import SelectiveLayer, take_heads
 from tokenwise.models.tap import AttentionCall, listen
+from tokenwise.models.tiered_kv import TieredLayer
 from tokenwise.policies.budget import kept_count
-from tokenwise.policies.eviction import best_of_all, best_of_each_head, protected, pyramid_counts
+from tokenwise.policies.eviction import best_of_all, best_of_each_head, protected, pyramid_counts, tier_counts
+from tokenwise.signals.packing import packed_nbytes
 
 
 class EvictingCache(Cache, Handle):
@@ -99,6 +101,8 @@ class EvictingCache(Cache, Handle):
                         "Keep more.",
                     )
                 )
+        if method.bits is not None:
+            problems += _tier_problems(method, self.masked)
         if method.positions == "compact" and not problems:
             self._rotary = find_rotary(model, self._attentions[self._places[0]])
         if problems:
@@ -184,7 +188,7 @@ class EvictingCache(Cache, Handle):
     def reset(self) -> None:
         super().reset()
         for index in self._places:
-            if isinstance(self.layers[index], RaggedLayer):
+            if isinstance(self.layers[index], RaggedLayer | TieredLayer):
                 self.layers[index] = SelectiveLayer()
         self._pending.clear()
         self._evicted_at.clear()
@@ -297,6 +301,7 @@ class EvictingCache(Cache, Handle):
     def _tokens(self, index: int, layer: SelectiveLayer) -> StoredTokens:
         scaling, softcap, heads = self._calls[index]
         layer = layer.padded() if isinstance(layer, RaggedLayer) else layer
+        layer = layer.whole() if isinstance(layer, TieredLayer) and layer.keys is None else layer
         assert layer.keys is not None
         assert layer.values is not None
         assert layer.positions is not None
@@ -387,6 +392,9 @@ class EvictingCache(Cache, Handle):
                 continue
             if method.allocate == "pyramid":
                 counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
+            if method.bits is not None:
+                self._keep_tiers(index, score, counts)
+                continue
             counts = counts.minimum((score > float("-inf")).sum(2).amin(1))
             places, real = best_of_each_head(score, counts)
             if self.masked:
@@ -398,6 +406,32 @@ class EvictingCache(Cache, Handle):
             elif places.shape[2] < layer.stored or real is not None:
                 self._even(index).keep(places, real)
             self._close_up(self._selective(index))
+
+    def _keep_tiers(self, index: int, score: Tensor, counts: Tensor) -> None:
+        """Let a layer keep exact tokens, and others in few bits, in the bytes of `counts` exact ones, [batch]."""
+        method, layer = self.method, self._even(index)
+        assert method.bits is not None
+        assert layer.keys is not None
+        assert layer.values is not None
+        widths = [values.shape[3] for values in (layer.keys, layer.values)]
+        sizes = sum(widths) * layer.keys.element_size(), sum(packed_nbytes(width, method.bits) for width in widths)
+        available = (score > float("-inf")).sum(2).amin(1).tolist()
+        limits = counts.tolist()
+        if isinstance(method.keep, str) and method.keep.endswith("bytes"):
+            # The memory is that of the batch, where each row takes as much as the longest.
+            limits, available = [max(limits)] * len(limits), [max(available)] * len(limits)
+        rows = [
+            tier_counts(limit, there, method.exact, method.protects, *sizes)
+            for limit, there in zip(limits, available, strict=True)
+        ]
+        exact, stored = torch.tensor(rows, device=score.device).unbind(1)
+        places, real = best_of_each_head(score, stored.minimum((score > float("-inf")).sum(2).amin(1)))
+        found = take_heads(score, places)
+        if real is not None:
+            found = found.masked_fill(~real, float("-inf"))
+        rank = found.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+        layer.keep(places, real)
+        self.layers[index] = TieredLayer.of(layer, rank < exact.view(-1, 1, 1), method.bits)
 
     def _pyramid(self, counts: Tensor, counted: Tensor, place: int) -> Tensor:
         rows = []
@@ -411,6 +445,9 @@ class EvictingCache(Cache, Handle):
         layer = self._selective(index)
         if isinstance(layer, RaggedLayer):
             layer = layer.padded()
+            self.layers[index] = layer
+        elif isinstance(layer, TieredLayer):
+            layer = layer.whole()
             self.layers[index] = layer
         return layer
 
@@ -489,11 +526,31 @@ class EvictingCache(Cache, Handle):
         return full
 
 
+def _tier_problems(method: CachePolicy, masked: bool) -> list[Problem]:
+    """Why a method cannot store a tier in few bits."""
+    field, problems = f"{type(method).__name__}.bits", []
+    if method.allocate in ("heads", "layers_and_heads"):
+        message = f"heads share a budget (allocate {method.allocate!r}), and tiers are those of each head."
+        problems.append(Problem(field, message, "Use allocate 'evenly' or 'pyramid'."))
+    if method.positions == "compact":
+        problems.append(
+            Problem(field, "packed keys are not turned (positions 'compact').", "Use positions='original'.")
+        )
+    if masked:
+        problems.append(
+            Problem(field, "a masked cache stores all tokens exactly.", "Leave masked=False, or bits=None.")
+        )
+    return problems
+
+
 def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
     def hear(call: AttentionCall) -> None:
         found = cache()
         if found is not None:
             found._attended(index, call)
+            layer = found.layers[index]
+            if isinstance(layer, TieredLayer):
+                layer.release()
 
     return hear
 

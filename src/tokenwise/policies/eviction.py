@@ -124,3 +124,25 @@ def top_places(scores: Tensor, most: int, counts: Tensor | None = None) -> Tenso
     if counts is not None:
         order = order.masked_fill(torch.arange(most, device=scores.device) >= counts.view(-1, 1, 1), -1)
     return order.sort(dim=2).values
+
+
+def tier_counts(
+    count: int, available: int, share: float, protects: int, exact_nbytes: int, packed_nbytes: int
+) -> tuple[int, int]:
+    """Tokens that are stored exactly, and tokens stored at all, in the bytes of some exact ones.
+
+    Args:
+        count: exact tokens that there are bytes for.
+        available: tokens there are.
+        share: of the bytes, for exact tokens. Where all tokens fit, more of them are exact as far as the bytes go.
+        protects: tokens that are exact anyway.
+        exact_nbytes: of an exact token.
+        packed_nbytes: of one in few bits.
+    """
+    exact = min(max(int(share * count + 0.5), protects), count, available)
+    left = (count - exact) * exact_nbytes
+    stored = exact + min(left // packed_nbytes, available - exact)
+    if stored == available and packed_nbytes < exact_nbytes:
+        more = (count * exact_nbytes - available * packed_nbytes) // (exact_nbytes - packed_nbytes)
+        exact = min(max(exact, more), available)
+    return exact, stored
