@@ -71,6 +71,7 @@ def main() -> None:
     methods: dict[str, Any] = {
         "full, with room": tw.Quest(keep=1.0),
         "k_norm, evicted": tw.KNorm(keep=options.keep),
+        "k_norm, evicted, a tier of 8 bits": tw.KNorm(keep=options.keep, bits=8),
         "quest": tw.Quest(keep=options.keep, dense_layers=0),
         "mean_blocks": tw.MeanBlocks(keep=options.keep),
         "token_select, chosen at every step": tw.TokenSelect(keep=options.keep, similarity=None),

@@ -203,7 +203,7 @@ class EvictingCache(Cache, Handle):
         return layer
 
     def _thinned(self, layer: SelectiveLayer) -> bool:
-        return layer.stored != layer.seen or layer.real is not None
+        return layer.stored != layer.seen or layer.real is not None or isinstance(layer, TieredLayer)
 
     def _repair(self) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
@@ -301,7 +301,6 @@ class EvictingCache(Cache, Handle):
     def _tokens(self, index: int, layer: SelectiveLayer) -> StoredTokens:
         scaling, softcap, heads = self._calls[index]
         layer = layer.padded() if isinstance(layer, RaggedLayer) else layer
-        layer = layer.whole() if isinstance(layer, TieredLayer) and layer.keys is None else layer
         assert layer.keys is not None
         assert layer.values is not None
         assert layer.positions is not None
@@ -342,6 +341,8 @@ class EvictingCache(Cache, Handle):
 
     def _scores(self, index: int, layer: SelectiveLayer) -> Tensor:
         """The method's scores, with what is protected above and what does not count below all others."""
+        # Scores are of tokens in the order of their positions.
+        layer = layer.whole() if isinstance(layer, TieredLayer) else layer
         method, even = self.method, layer
         if self.masked and layer.real is not None:
             # A method sees what it would if the hidden ones were gone.

@@ -56,9 +56,18 @@ def pack(values: Tensor, bits: int) -> Packed:
     return Packed(codes, low, step, bits, values.shape[-1], values.dtype)
 
 
-def unpack(packed: Packed) -> Tensor:
-    """The vectors again, each channel within half a step of what it was, and what the rounding of their type adds."""
+def unpack(packed: Packed, into: Tensor | None = None) -> Tensor:
+    """The vectors again, each channel within half a step of what it was, and what the rounding of their type adds.
+
+    Args:
+        packed: what `pack` made.
+        into: where to write them, [..., channels]; new memory unless given.
+    """
     codes = packed.codes
     if packed.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., : packed.channels]
-    return (packed.low + packed.step * codes).to(packed.dtype)
+    if into is None:
+        into = packed.low.new_empty(*packed.low.shape[:-1], packed.channels, dtype=packed.dtype)
+    if into.dtype == torch.float32:
+        return into.copy_(codes).mul_(packed.step).add_(packed.low)
+    return into.copy_(packed.low + packed.step * codes)
