@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tokenwise.errors import Problem
 from tokenwise.method import Method
-from tokenwise.policies.budget import KeepOrBytes
+from tokenwise.policies.budget import Keep, KeepOrBytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,24 +135,17 @@ class StoredTokens:
         return values.new_zeros(len(values), self.seen).scatter_add_(1, positions.flatten(1), values.flatten(1))
 
 
-class CachePolicy(Method):
-    """Keeps the cached tokens that matter.
-
-    A subclass scores the tokens that a layer stores (`score`); which of them stay under the budget, what is protected,
-    and that the memory of the others is freed, is done here for all.
-    """
+class CacheMethod(Method):
+    """What methods that free cached tokens and methods that read some of them at each step have in common."""
 
     family: ClassVar[str] = "cache"
     traits: ClassVar[tuple[str, ...]] = ("reads", "mode")
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the score is made of: ``keys``, ``values``, ``window`` (the attention of the last queries), ``received``
-    (the attention of all of them), ``earlier`` (what the layers before keep), ``rotary`` (how queries are turned),
-    ``repetition`` (the attention of the prompt when it is read a second time)."""
-    mode: ClassVar[Literal["evict", "select"]] = "evict"
+    """What the score is made of: ``keys``, ``values``, ``queries`` (those of this step), ``window`` (the attention of
+    the last queries), ``received`` (the attention of all of them), ``earlier`` (what the layers before keep),
+    ``rotary`` (how queries are turned), ``repetition`` (the attention of the prompt when it is read a second time)."""
+    mode: ClassVar[Literal["evict", "select"]]
     """Whether tokens leave the cache, or each step reads some of those stored."""
-    ordered: ClassVar[bool] = True
-    """Whether the score of a token depends on which ones are stored beside it; where not, a generated token takes the
-    place of the one that is evicted, and nothing is copied."""
 
     keep: KeepOrBytes = 0.5
     """What stays of the tokens seen, in each layer and head, as a mean; or memory for the keys and values of the whole
@@ -161,6 +154,25 @@ class CachePolicy(Method):
     """Tokens at the beginning that stay, within the budget."""
     recent: Annotated[int, Field(ge=0)] = 0
     """Tokens at the end that stay, within the budget."""
+
+    @property
+    def protects(self) -> int:
+        """How many tokens stay whatever their score."""
+        return self.sink + self.recent
+
+
+class CachePolicy(CacheMethod):
+    """Keeps the cached tokens that matter.
+
+    A subclass scores the tokens that a layer stores (`score`); which of them stay under the budget, what is protected,
+    and that the memory of the others is freed, is done here for all.
+    """
+
+    mode: ClassVar[Literal["evict", "select"]] = "evict"
+    ordered: ClassVar[bool] = True
+    """Whether the score of a token depends on which ones are stored beside it; where not, a generated token takes the
+    place of the one that is evicted, and nothing is copied."""
+
     interval: Annotated[int, Field(ge=1)] | None = None
     """Evict while generating, too, every so many tokens; None: only when a prompt, or a part of one, has been read."""
     positions: Literal["original", "compact"] = "original"
@@ -172,6 +184,11 @@ class CachePolicy(Method):
     """Of its even share what each head keeps anyway, when heads share a budget."""
     beta: Annotated[float, Field(gt=1)] = 20.0
     """How small the last layer's share is, with `allocate` ``pyramid``: one part in so many."""
+    bits: Literal[8, 4] | None = None
+    """Bits of a channel in a second tier: what the budget's bytes leave over is spent on tokens with lower scores in so
+    many bits. None: all that stays is exact."""
+    exact: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the budget's bytes for exact tokens, those with the highest scores, with `bits`."""
 
     @property
     def window(self) -> int:
@@ -222,3 +239,35 @@ class CachePolicy(Method):
     @abstractmethod
     def score(self, tokens: StoredTokens) -> Tensor:
         """How much each stored token matters, [batch, key heads or 1, stored]; larger stays, -inf never does."""
+
+
+class CacheSelector(CacheMethod):
+    """Stores all tokens, and reads those at each step that matter to its query: nothing is lost, and less is read.
+
+    A subclass says which (`select`); that the attention is given these alone is done here for all. A prompt is read
+    with full attention, or its later parts are, too, where `parts` says so.
+    """
+
+    mode: ClassVar[Literal["evict", "select"]] = "select"
+    parts: ClassVar[bool] = False
+    """Whether parts of a prompt that follow others are read with a selection, too, and not generated tokens alone."""
+
+    keep: Keep = 0.25
+    """What is read of the tokens seen, in each layer and head that selects."""
+    sink: Annotated[int, Field(ge=0)] = 0
+    """Tokens at the beginning that are always read, within the budget."""
+    recent: Annotated[int, Field(ge=0)] = 0
+    """Tokens at the end that are always read, within the budget."""
+
+    def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
+        """Look at an attention call, after the new tokens are stored: the place to note something in
+        ``tokens.notes``."""
+
+    @abstractmethod
+    def select(self, tokens: StoredTokens, call: AttentionCall) -> Tensor | None:
+        """Which of the stored tokens this call reads, those of the call itself among them.
+
+        Returns:
+            Their places, [batch, key heads or 1, read], int64, rising; None where it reads all. Where a batch is
+            padded, rows may read different numbers: -1 fills up and stands first.
+        """

@@ -18,10 +18,18 @@ from tokenwise.method import Handle
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.ragged_kv import RaggedLayer
 from tokenwise.models.rotary import Rotary, find_rotary
-from tokenwise.models.selective_kv import SelectiveLayer
+from tokenwise.models.selective_kv import SelectiveLayer, take_heads
 from tokenwise.models.tap import AttentionCall, listen
+from tokenwise.models.tiered_kv import TieredLayer
 from tokenwise.policies.budget import kept_count
-from tokenwise.policies.eviction import best_of_all, best_of_each_head, pyramid_counts, worst_of_each_head
+from tokenwise.policies.eviction import (
+    best_of_all,
+    best_of_each_head,
+    pyramid_counts,
+    tier_counts,
+    worst_of_each_head,
+)
+from tokenwise.signals.packing import packed_nbytes
 
 
 class EvictingCache(Cache, Handle):
@@ -127,6 +135,8 @@ class EvictingCache(Cache, Handle):
                     "Use a method such as snap_kv.",
                 )
             )
+        if method.bits is not None:
+            problems += _tier_problems(method, self.masked)
         if problems:
             raise InputError(problems)
         attention = self._attentions[self._places[0]]
@@ -135,6 +145,11 @@ class EvictingCache(Cache, Handle):
         elif "rotary" in method.reads:
             use = f"{name} reads queries as they were before they were turned"
             self._rotary = find_rotary(model, attention, "method", use, "Use a method such as snap_kv.")
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The layers whose cache is evicted from, by their index in the model."""
+        return tuple(self._places)
 
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take, of layers with a window, too."""
@@ -222,7 +237,7 @@ class EvictingCache(Cache, Handle):
     def reset(self) -> None:
         super().reset()
         for index in self._places:
-            if isinstance(self.layers[index], RaggedLayer):
+            if isinstance(self.layers[index], RaggedLayer | TieredLayer):
                 self.layers[index] = SelectiveLayer()
         self._pending.clear()
         self._evicted_at.clear()
@@ -238,7 +253,7 @@ class EvictingCache(Cache, Handle):
         return layer
 
     def _thinned(self, layer: SelectiveLayer) -> bool:
-        return layer.stored != layer.seen or layer.real is not None
+        return layer.stored != layer.seen or layer.real is not None or isinstance(layer, TieredLayer)
 
     def _begin(self, tokens: int) -> None:
         """Before a pass of so many tokens through the model."""
@@ -314,7 +329,7 @@ class EvictingCache(Cache, Handle):
             tokens_seen=self.get_seq_length(),
             tokens_stored=self._mean_stored(),
             bytes=self.nbytes(),
-            full_bytes=self._full_bytes(),
+            full_bytes=self.full_nbytes(),
         )
 
     def _prompt_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
@@ -470,6 +485,9 @@ class EvictingCache(Cache, Handle):
         if self.method.allocate == "pyramid":
             counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
         layer.notes["counts"] = counts
+        if not layer.rising and bool((counts != layer.stored - 1).any()):
+            # Of equal scores the first stay.
+            layer.sort()
         self._pending[index] = self._scores(index, layer)
         if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
             scores, self._pending = self._pending, {}
@@ -481,6 +499,8 @@ class EvictingCache(Cache, Handle):
 
     def _scores(self, index: int, layer: SelectiveLayer) -> Tensor:
         """The method's scores, with what is protected above and what does not count below all others."""
+        # Scores are of tokens in the order of their positions.
+        layer = layer.whole() if isinstance(layer, TieredLayer) else layer
         method, even = self.method, layer
         if self.masked and layer.real is not None:
             # A method sees what it would if the hidden ones were gone.
@@ -526,6 +546,9 @@ class EvictingCache(Cache, Handle):
                 floors = (counts * method.floor).long().clamp_min(1)
                 self._keep_ragged(index, best_of_all([score], counts * layer.key_heads, floors)[0])
                 continue
+            if method.bits is not None:
+                self._keep_tiers(index, score, counts)
+                continue
             counts = counts.minimum((score > float("-inf")).sum(2).amin(1))
             if bool((counts == layer.stored).all()) or self._drops_one(layer, score, counts):
                 continue
@@ -545,8 +568,8 @@ class EvictingCache(Cache, Handle):
         even = not isinstance(layer, RaggedLayer) and layer.real is None and not self.masked
         if self.method.ordered or not even or bool((counts != layer.stored - 1).any()):
             return False
-        gone = worst_of_each_head(score)
         assert layer.positions is not None
+        gone = worst_of_each_head(score, layer.positions)
         if self._rotary is not None:
             assert layer.keys is not None
             heads = max(layer.positions.shape[1], gone.shape[1])
@@ -558,6 +581,32 @@ class EvictingCache(Cache, Handle):
             self._rotary.turn(layer.keys, turn, in_place=True)
         layer.drop(gone)
         return True
+
+    def _keep_tiers(self, index: int, score: Tensor, counts: Tensor) -> None:
+        """Let a layer keep exact tokens, and others in few bits, in the bytes of `counts` exact ones, [batch]."""
+        method, layer = self.method, self._even(index)
+        assert method.bits is not None
+        assert layer.keys is not None
+        assert layer.values is not None
+        widths = [values.shape[3] for values in (layer.keys, layer.values)]
+        sizes = sum(widths) * layer.keys.element_size(), sum(packed_nbytes(width, method.bits) for width in widths)
+        available = (score > float("-inf")).sum(2).amin(1).tolist()
+        limits = counts.tolist()
+        if isinstance(method.keep, str) and method.keep.endswith("bytes"):
+            # The memory is that of the batch, where each row takes as much as the longest.
+            limits, available = [max(limits)] * len(limits), [max(available)] * len(limits)
+        rows = [
+            tier_counts(limit, there, method.exact, method.protects, *sizes)
+            for limit, there in zip(limits, available, strict=True)
+        ]
+        exact, stored = torch.tensor(rows, device=score.device).unbind(1)
+        places, real = best_of_each_head(score, stored.minimum((score > float("-inf")).sum(2).amin(1)))
+        found = take_heads(score, places)
+        if real is not None:
+            found = found.masked_fill(~real, float("-inf"))
+        rank = found.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+        layer.keep(places, real)
+        self.layers[index] = TieredLayer.of(layer, rank < exact.view(-1, 1, 1), method.bits)
 
     def _pyramid(self, counts: Tensor, counted: Tensor, place: int) -> Tensor:
         rows = []
@@ -571,6 +620,9 @@ class EvictingCache(Cache, Handle):
         layer = self._selective(index)
         if isinstance(layer, RaggedLayer):
             layer = layer.padded()
+            self.layers[index] = layer
+        elif isinstance(layer, TieredLayer):
+            layer = layer.whole()
             self.layers[index] = layer
         return layer
 
@@ -639,7 +691,8 @@ class EvictingCache(Cache, Handle):
         sizes = [self._selective(index).mean_stored() for index in self._places if self._selective(index).seen]
         return sum(sizes) / max(len(sizes), 1)
 
-    def _full_bytes(self) -> int:
+    def full_nbytes(self) -> int:
+        """Bytes that a cache of all tokens seen would take."""
         full = 0
         for index, layer in enumerate(self.layers):
             if index not in self._attentions:
@@ -649,11 +702,31 @@ class EvictingCache(Cache, Handle):
         return full
 
 
+def _tier_problems(method: CachePolicy, masked: bool) -> list[Problem]:
+    """Why a method cannot store a tier in few bits."""
+    field, problems = f"{type(method).__name__}.bits", []
+    if method.allocate in ("heads", "layers_and_heads"):
+        message = f"heads share a budget (allocate {method.allocate!r}), and tiers are those of each head."
+        problems.append(Problem(field, message, "Use allocate 'evenly' or 'pyramid'."))
+    if method.positions == "compact":
+        problems.append(
+            Problem(field, "packed keys are not turned (positions 'compact').", "Use positions='original'.")
+        )
+    if masked:
+        problems.append(
+            Problem(field, "a masked cache stores all tokens exactly.", "Leave masked=False, or bits=None.")
+        )
+    return problems
+
+
 def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
     def hear(call: AttentionCall) -> None:
         found = cache()
         if found is not None:
             found._attended(index, call)
+            layer = found.layers[index]
+            if isinstance(layer, TieredLayer):
+                call.after.append(layer.release)
 
     return hear
 
