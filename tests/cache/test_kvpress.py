@@ -127,3 +127,9 @@ def test_a_repetition_scores_and_keeps_as_theirs_does(monkeypatch):
         # They raise the first tokens above the others later.
         assert float((layer - expected).abs().max()) < 1e-5
     assert torch.equal(kept(read(method)), kept_by_theirs(golden["hidden"]))
+
+
+def test_channels_of_keys_stay_as_theirs_do():
+    golden = GOLDEN["ThinK"]
+    cache = read(tw.ThinK(**golden["fields"]))
+    assert [layer.notes["channels"][0].tolist() for layer in cache.layers] == golden["channels"]

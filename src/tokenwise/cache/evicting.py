@@ -18,7 +18,7 @@ from tokenwise.method import Handle
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.ragged_kv import RaggedLayer
 from tokenwise.models.rotary import Rotary, find_rotary
-from tokenwise.models.selective_kv import SelectiveLayer
+from tokenwise.models.selective_kv import SelectiveLayer, take_channels
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.policies.budget import kept_count
 from tokenwise.policies.eviction import best_of_all, best_of_each_head, protected, pyramid_counts
@@ -57,6 +57,8 @@ class EvictingCache(Cache, Handle):
         self._ended = False
         self._repeats = "repetition" in method.reads and (masked or method.keep != 1.0)
         self._again: Tensor | None = None
+        self._idle = not masked and method.keep == 1.0 and method.dense_at_full
+        self._key_width = 0
         self._last: tuple[Tensor | None, Tensor | None] = (None, None)
         self._rotary: Rotary | None = None
         self._check(model)
@@ -119,6 +121,15 @@ class EvictingCache(Cache, Handle):
                     "Use a method such as snap_kv.",
                 )
             )
+        narrows = type(method).key_channels is not CachePolicy.key_channels
+        if narrows and any("flash" in each.config._attn_implementation for each in self._attentions.values()):
+            problems.append(
+                Problem(
+                    "model",
+                    f"{name} stores keys with fewer channels than values have, which flash attention cannot read.",
+                    "Load the model with attn_implementation='sdpa'.",
+                )
+            )
         if problems:
             raise InputError(problems)
         attention = self._attentions[self._places[0]]
@@ -165,7 +176,8 @@ class EvictingCache(Cache, Handle):
 
     def _evict_from_all(self) -> None:
         first = self._selective(self._places[0])
-        if not self.masked and bool((self._counts(first) >= first.notes["counted"]).all()):
+        enough = bool((self._counts(first) >= first.notes["counted"]).all())
+        if enough and self.method.dense_at_full and not self.masked:
             return
         if self._repeats and "unrepeated" in first.notes:
             self._repeat(first)
@@ -195,7 +207,7 @@ class EvictingCache(Cache, Handle):
         return other
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
-        if self._ended and layer_idx in self._attentions and self._thinned(self._selective(layer_idx)):
+        if self._ended and layer_idx in self._attentions and self._changed(self._selective(layer_idx)):
             raise InputError(
                 Problem(
                     "past_key_values",
@@ -203,6 +215,8 @@ class EvictingCache(Cache, Handle):
                     "Begin with a new one, or undo it when you are through.",
                 )
             )
+        if layer_idx in self._attentions:
+            key_states = self._narrowed(self._selective(layer_idx), key_states)
         return super().update(key_states, value_states, layer_idx, *args, **options)
 
     def undo(self) -> None:
@@ -228,6 +242,30 @@ class EvictingCache(Cache, Handle):
 
     def _thinned(self, layer: SelectiveLayer) -> bool:
         return layer.stored != layer.seen or layer.real is not None
+
+    def _changed(self, layer: SelectiveLayer) -> bool:
+        return self._thinned(layer) or "channels" in layer.notes
+
+    def _narrowed(self, layer: SelectiveLayer, states: Tensor) -> Tensor:
+        """Queries or keys with the channels that the layer's keys have."""
+        channels = layer.notes.get("channels")
+        if channels is None:
+            return states
+        if self.masked:
+            shown = torch.zeros(*channels.shape[:2], 1, states.shape[3], dtype=torch.bool, device=states.device)
+            shown.scatter_(3, channels.unsqueeze(2), True)
+            return states * shown.repeat_interleave(states.shape[1] // channels.shape[1], 1)
+        return take_channels(states, channels)
+
+    def _narrow(self, index: int, layer: SelectiveLayer) -> None:
+        """Drop the channels of the keys that the method does not keep."""
+        channels = None if "channels" in layer.notes else self.method.key_channels(self._tokens(index, layer))
+        if channels is not None:
+            assert layer.keys is not None
+            layer.notes["channels"], self._key_width = channels, layer.keys.shape[3]
+            layer.keys = self._narrowed(layer, layer.keys)
+            if "queries" in layer.notes:
+                layer.notes["queries"] = self._narrowed(layer, layer.notes["queries"])
 
     def _repair(self) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
@@ -259,6 +297,7 @@ class EvictingCache(Cache, Handle):
             self._note_padding(layer, call, whole)
         else:
             layer.notes["counted"] = layer.notes["counted"] + tokens
+        call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
             call.answer = layer.attend(call, whole)
         elif self._thinned(layer):
@@ -266,7 +305,7 @@ class EvictingCache(Cache, Handle):
             if mask is not None and mask.shape[1] > 1:
                 mask = mask.repeat_interleave(call.query.shape[1] // mask.shape[1], 1)
             call.mask = mask
-        if (method.keep == 1.0 and not self.masked) or (not reading and method.interval is None):
+        if self._idle or (not reading and method.interval is None):
             return
         if self._again is not None:
             self._attended_again(index, layer, call, whole)
@@ -442,9 +481,10 @@ class EvictingCache(Cache, Handle):
         layer = self._selective(index)
         self._evicted_at[index] = layer.seen
         counts = self._counts(layer)
-        if not self.masked and bool((counts >= layer.notes["counted"]).all()):
+        if self.method.dense_at_full and not self.masked and bool((counts >= layer.notes["counted"]).all()):
             return
         self._pending[index] = self._scores(index, layer)
+        self._narrow(index, layer)
         if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
             scores, self._pending = self._pending, {}
             self._keep_best(scores)
@@ -600,6 +640,10 @@ class EvictingCache(Cache, Handle):
                 full += _nbytes(layer)
             elif layer.seen:
                 full += layer.token_nbytes * layer.seen
+                channels = layer.notes.get("channels")
+                if channels is not None and not self.masked:
+                    dropped = self._key_width - channels.shape[2]
+                    full += channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize * layer.seen
         return full
 
 
