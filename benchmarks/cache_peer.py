@@ -25,28 +25,29 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import tokenwise as tw
-from tokenwise import catalog
 
 WORKER = Path(__file__).parent / "peers" / "kvpress_worker.py"
 KEEP = 0.25
 PROMPTS = {"instruction": [5, 6, 7, 8, 9, 10, 11, 12], "suffix": [13]}
-SNAP = {"class": "SnapKVPress", "compression_ratio": 1 - KEEP}
+PART = {"compression_ratio": 1 - KEEP}
+SNAP = {"class": "SnapKVPress", **PART}
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
-    "Random": ({}, {"class": "RandomPress"}),
-    "StreamingLLM": ({"positions": "original", "interval": None}, {"class": "StreamingLLMPress"}),
-    "KNorm": ({}, {"class": "KnormPress"}),
-    "KeyDiff": ({}, {"class": "KeyDiffPress"}),
-    "LagKV": ({}, {"class": "LagKVPress"}),
-    "SnapKV": ({}, {"class": "SnapKVPress"}),
-    "PyramidKV": ({}, {"class": "PyramidKVPress"}),
-    "TOVA": ({"interval": None}, {"class": "TOVAPress"}),
-    "ExpectedAttention": ({}, {"class": "ExpectedAttentionPress"}),
-    "ObservedAttention": ({"interval": None}, {"class": "ObservedAttentionPress"}),
+    "Random": ({}, {"class": "RandomPress", **PART}),
+    "StreamingLLM": ({"positions": "original", "interval": None}, {"class": "StreamingLLMPress", **PART}),
+    "KNorm": ({}, {"class": "KnormPress", **PART}),
+    "KeyDiff": ({}, {"class": "KeyDiffPress", **PART}),
+    "LagKV": ({}, {"class": "LagKVPress", **PART}),
+    "SnapKV": ({}, {"class": "SnapKVPress", **PART}),
+    "PyramidKV": ({}, {"class": "PyramidKVPress", **PART}),
+    "TOVA": ({"interval": None}, {"class": "TOVAPress", **PART}),
+    "ExpectedAttention": ({}, {"class": "ExpectedAttentionPress", **PART}),
+    "ObservedAttention": ({"interval": None}, {"class": "ObservedAttentionPress", **PART}),
     "AdaKV": ({}, {"class": "AdaKVPress", "press": SNAP}),
     "CriticalKV": ({}, {"class": "CriticalKVPress", "press": SNAP}),
     "ChunkKV": ({}, {"class": "ChunkKVPress", "press": SNAP}),
-    "KVzip": (PROMPTS, {"class": "KVzipPress"}),
+    "ThinK": ({"keep": 1.0, "channels": 0.5}, {"class": "ThinKPress", "key_channel_compression_ratio": 0.5}),
+    "KVzip": (PROMPTS, {"class": "KVzipPress", **PART}),
 }
 """By tokenwise's name: fields of the method, and the press."""
 
@@ -92,8 +93,7 @@ def main() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(20, 1000, (1, chosen.tokens))
-    there = {entry["class"] for entry in catalog.entries().values() if entry["family"] == "cache"}
-    names = chosen.methods or [name for name in PAIRS if name == "plain" or name in there]
+    names = chosen.methods or list(PAIRS)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         job = {"ids": ids[0].tolist(), "decoded": chosen.decoded, "kv_zip": PROMPTS}
@@ -104,8 +104,7 @@ def main() -> None:
             assert worker.stdout is not None
 
             def theirs(press: dict[str, Any]) -> tuple[list[float], list[int]]:
-                whole = press if "press" in press or not press else {**press, "compression_ratio": 1 - KEEP}
-                worker.stdin.write(json.dumps(whole) + "\n")
+                worker.stdin.write(json.dumps(press) + "\n")
                 worker.stdin.flush()
                 answer = json.loads(worker.stdout.readline())
                 return answer["seconds"], answer["tokens"]
@@ -113,7 +112,7 @@ def main() -> None:
             print("| | kvpress s | tokenwise s | ratio | reading | decoding | same |\n" + "|---" * 7 + "|")
             for name in names:
                 fields, press = PAIRS[name]
-                method = None if name == "plain" else getattr(tw.cache, name)(keep=KEEP, **fields)
+                method = None if name == "plain" else getattr(tw.cache, name)(**{"keep": KEEP, **fields})
                 rounds = []
                 for turn in range(-1, chosen.rounds):
                     # Whoever comes first changes from round to round; the first is not counted.

@@ -112,6 +112,16 @@ def kept(press: Any) -> list[list[int]]:
     return found
 
 
+def channels() -> list[list[list[int]]]:
+    """Of each layer the channels of the keys that ThinK leaves, head by head."""
+    model = small_model("sdpa")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), kvpress.ThinKPress(key_channel_compression_ratio=0.375, window_size=8)(model):
+        model(prompt(), past_key_values=cache)
+    left = (layer.keys[0].abs().sum(1) > 0 for layer in cache.layers)
+    return [[head.nonzero()[:, 0].tolist() for head in layer] for layer in left]
+
+
 def kv_zip() -> dict[str, Any]:
     tokenizer = types.SimpleNamespace(
         chat_template=None,
@@ -165,6 +175,7 @@ def main() -> None:
             "kept": kept(kvpress.ChunkKVPress(kvpress.SnapKVPress(0.5, window_size=8), chunk_length=5)),
         },
         "KVzip": kv_zip(),
+        "ThinK": {"fields": {"queries": 8, "channels": 0.625}, "channels": channels()},
     }
     Path(sys.argv[1]).write_text(json.dumps(golden) + "\n", encoding="utf-8")
 

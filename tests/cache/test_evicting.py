@@ -41,6 +41,7 @@ METHODS = {
     "lag_kv": lambda **fields: tw.LagKV(**{"keep": 0.5, "lag": 6, **fields}),
     "expected_attention": lambda **fields: tw.ExpectedAttention(**{"keep": 0.5, "recent": 4, "future": 32, **fields}),
     "kv_zip": lambda **fields: tw.KVzip(**{"keep": 0.5, "chunk": 16, "instruction": [3, 4], **fields}),
+    "think": lambda **fields: tw.ThinK(**{"keep": 0.5, "queries": 8, **fields}),
     "random": lambda **fields: tw.cache.Random(**{"keep": 0.5, **fields}),
 }
 ALLOCATIONS = ("evenly", "pyramid", "heads", "layers_and_heads")

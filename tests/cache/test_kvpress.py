@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenwise as tw
-from tokenwise import catalog
 from tokenwise.policies.eviction import pyramid_counts
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "kvpress.json").read_text(encoding="utf-8"))
@@ -33,8 +32,6 @@ def prompt():
 
 def method_of(name, fields):
     name = name.split(",")[0]
-    if name not in {entry["class"] for entry in catalog.entries().values() if entry["family"] == "cache"}:
-        pytest.skip(f"there is no {name}")
     return getattr(tw.cache, name)(keep=0.5, **fields)
 
 
@@ -127,3 +124,9 @@ def test_a_repetition_scores_and_keeps_as_theirs_does(monkeypatch):
         # They raise the first tokens above the others later.
         assert float((layer - expected).abs().max()) < 1e-5
     assert torch.equal(kept(read(method)), kept_by_theirs(golden["hidden"]))
+
+
+def test_channels_of_keys_stay_as_theirs_do():
+    golden = GOLDEN["ThinK"]
+    cache = read(tw.ThinK(**golden["fields"]))
+    assert [layer.notes["channels"][0].tolist() for layer in cache.layers] == golden["channels"]

@@ -147,6 +147,9 @@ class CacheMethod(Method):
     mode: ClassVar[Literal["evict", "select"]]
     """Whether tokens leave the cache, or each step reads some of those stored."""
 
+    dense_at_full: ClassVar[bool] = True
+    """Whether nothing is done with ``keep=1``."""
+
     keep: KeepOrBytes = 0.5
     """What stays of the tokens seen, in each layer and head, as a mean; or memory for the keys and values of the whole
     batch."""
@@ -235,6 +238,13 @@ class CachePolicy(CacheMethod):
             what repeats none, -2 for padding, behind all others.
         """
         raise NotImplementedError
+
+    def key_channels(self, tokens: StoredTokens) -> Tensor | None:
+        """Which channels of the keys stay, [batch, key heads, kept], int64, rising; None for all.
+
+        Asked once, after the first prompt has been scored and before anything is evicted.
+        """
+        return None
 
     @abstractmethod
     def score(self, tokens: StoredTokens) -> Tensor:

@@ -18,7 +18,7 @@ from tokenwise.method import Handle
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.ragged_kv import RaggedLayer
 from tokenwise.models.rotary import Rotary, find_rotary
-from tokenwise.models.selective_kv import SelectiveLayer, take_heads
+from tokenwise.models.selective_kv import SelectiveLayer, take_channels, take_heads
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.models.tiered_kv import TieredLayer
 from tokenwise.policies.budget import kept_count
@@ -66,7 +66,10 @@ class EvictingCache(Cache, Handle):
         self._held = False
         self._ended = False
         self._repeats = "repetition" in method.reads and (masked or method.keep != 1.0)
+        self._narrows = type(method).key_channels is not CachePolicy.key_channels
         self._again: Tensor | None = None
+        self._idle = not masked and method.keep == 1.0 and method.dense_at_full
+        self._key_width = 0
         self._last: tuple[Tensor | None, Tensor | None] = (None, None)
         self._rotary: Rotary | None = None
         self._check(model)
@@ -137,6 +140,14 @@ class EvictingCache(Cache, Handle):
             )
         if method.bits is not None:
             problems += _tier_problems(method, self.masked)
+        if self._narrows and any("flash" in each.config._attn_implementation for each in self._attentions.values()):
+            problems.append(
+                Problem(
+                    "model",
+                    f"{name} stores keys with fewer channels than values have, which flash attention cannot read.",
+                    "Load the model with attn_implementation='sdpa'.",
+                )
+            )
         if problems:
             raise InputError(problems)
         attention = self._attentions[self._places[0]]
@@ -189,7 +200,8 @@ class EvictingCache(Cache, Handle):
 
     def _evict_from_all(self) -> None:
         first = self._selective(self._places[0])
-        if not self.masked and bool((self._counts(first) >= first.notes["counted"]).all()):
+        enough = bool((self._counts(first) >= first.notes["counted"]).all())
+        if enough and self.method.dense_at_full and not self.masked:
             return
         if self._repeats and "unrepeated" in first.notes:
             self._repeat(first)
@@ -220,7 +232,7 @@ class EvictingCache(Cache, Handle):
         return other
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
-        if self._ended and layer_idx in self._attentions and self._thinned(self._selective(layer_idx)):
+        if self._ended and layer_idx in self._attentions and self._changed(self._selective(layer_idx)):
             raise InputError(
                 Problem(
                     "past_key_values",
@@ -228,6 +240,8 @@ class EvictingCache(Cache, Handle):
                     "Begin with a new one, or undo it when you are through.",
                 )
             )
+        if layer_idx in self._attentions:
+            key_states = self._narrowed(self._selective(layer_idx), key_states)
         return super().update(key_states, value_states, layer_idx, *args, **options)
 
     def undo(self) -> None:
@@ -267,6 +281,30 @@ class EvictingCache(Cache, Handle):
         if self._selective(self._places[0]).seen:
             self._evict_from_all()
 
+    def _changed(self, layer: SelectiveLayer) -> bool:
+        return self._thinned(layer) or "channels" in layer.notes
+
+    def _narrowed(self, layer: SelectiveLayer, states: Tensor) -> Tensor:
+        """Queries or keys with the channels that the layer's keys have."""
+        channels = layer.notes.get("channels")
+        if channels is None:
+            return states
+        if self.masked:
+            shown = torch.zeros(*channels.shape[:2], 1, states.shape[3], dtype=torch.bool, device=states.device)
+            shown.scatter_(3, channels.unsqueeze(2), True)
+            return states * shown.repeat_interleave(states.shape[1] // channels.shape[1], 1)
+        return take_channels(states, channels)
+
+    def _narrow(self, index: int, layer: SelectiveLayer) -> None:
+        """Drop the channels of the keys that the method does not keep."""
+        channels = self.method.key_channels(self._tokens(index, layer))
+        if channels is not None:
+            assert layer.keys is not None
+            layer.notes["channels"], self._key_width = channels, layer.keys.shape[3]
+            layer.replace_keys(self._narrowed(layer, layer.keys))
+            if "queries" in layer.notes:
+                layer.notes["queries"] = self._narrowed(layer, layer.notes["queries"])
+
     def _repair(self) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
         seen = [self._selective(index).seen for index in self._places]
@@ -297,6 +335,7 @@ class EvictingCache(Cache, Handle):
             self._note_padding(layer, call, whole)
         else:
             layer.notes["counted"] = layer.notes["counted"] + tokens
+        call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
             call.answer = layer.attend(call, whole)
         elif self._thinned(layer):
@@ -304,7 +343,7 @@ class EvictingCache(Cache, Handle):
             if mask is not None and mask.shape[1] > 1:
                 mask = mask.repeat_interleave(call.query.shape[1] // mask.shape[1], 1)
             call.mask = mask
-        if (method.keep == 1.0 and not self.masked) or (not reading and method.interval is None):
+        if self._idle or (not reading and method.interval is None):
             return
         if self._again is not None:
             self._attended_again(index, layer, call, whole)
@@ -480,7 +519,7 @@ class EvictingCache(Cache, Handle):
         counts = self._counts(layer)
         if index == self._places[0]:
             self._earlier = {}
-        if not self.masked and bool((counts >= layer.notes["counted"]).all()):
+        if self.method.dense_at_full and not self.masked and bool((counts >= layer.notes["counted"]).all()):
             return
         if self.method.allocate == "pyramid":
             counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
@@ -489,6 +528,8 @@ class EvictingCache(Cache, Handle):
             # Of equal scores the first stay.
             layer.sort()
         self._pending[index] = self._scores(index, layer)
+        if self._narrows and "channels" not in layer.notes:
+            self._narrow(index, layer)
         if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
             scores, self._pending = self._pending, {}
             self._keep_best(scores)
@@ -699,6 +740,10 @@ class EvictingCache(Cache, Handle):
                 full += _nbytes(layer)
             elif layer.seen:
                 full += layer.token_nbytes * layer.seen
+                channels = layer.notes.get("channels")
+                if channels is not None and not self.masked:
+                    dropped = self._key_width - channels.shape[2]
+                    full += channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize * layer.seen
         return full
 
 

@@ -294,6 +294,15 @@ def take_rows(values: Tensor, index: Tensor) -> Tensor:
     return values.flatten(0, 2).index_select(0, (index + starts).flatten()).unflatten(0, index.shape)
 
 
+def take_channels(values: Tensor, index: Tensor) -> Tensor:
+    """Of `values` ([batch, heads, tokens, channels]) the channels at `index` ([batch, key heads, taken]).
+
+    Heads that share a key stand beside each other and take the same.
+    """
+    index = index.repeat_interleave(values.shape[1] // index.shape[1], 1).unsqueeze(2)
+    return values.gather(3, index.expand(-1, -1, values.shape[2], -1))
+
+
 def _mask_of(positions: Tensor, real: Tensor | None, seen: int, whole: Tensor | None, tokens: int) -> Tensor | None:
     device = positions.device
     if whole is None:

@@ -51,7 +51,8 @@ class AttentionCall:
 
         after: what a listener wants called once the attention has been computed.
 
-    A listener may also replace `key`, `value` and `mask`: the attention is computed with what stands here in the end.
+    A listener may also replace `query`, `key`, `value` and `mask`: the attention is computed with what stands here in
+    the end.
     """
 
     module: nn.Module
@@ -335,7 +336,10 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
                     )
                 )
             attention_mask = call.biased_mask()
-        return _done(call, plain(owner, query, call.key, call.value, attention_mask, *args, **options))
+        if call.query is not query:
+            # Fewer channels are not to change the factor on the scores.
+            options["scaling"] = call.scaling
+        return _done(call, plain(owner, call.query, call.key, call.value, attention_mask, *args, **options))
 
     # The module alone is sent to our function: the name in its own copy of the configuration. Masks are made by the
     # backbone, from the configuration that stays as it is.
