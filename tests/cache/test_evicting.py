@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from small_decoders import KINDS, decoder, prompt
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -284,8 +285,12 @@ def test_what_cannot_work_is_refused_before_the_prompt():
         tw.evict(scaled, tw.StreamingLLM())
     with tw.evict(model, tw.KNorm()) as cache, pytest.raises(InputError, match="Pad on the left"):
         model(prompt(8), attention_mask=torch.tensor([[1] * 6 + [0] * 2]), past_key_values=cache)
-    with tw.evict(model, tw.KNorm()) as cache, pytest.raises(InputError, match="assisted"):
-        model.generate(prompt(8), past_key_values=cache, assistant_model=decoder(), max_new_tokens=4)
+    with tw.evict(model, tw.KNorm()) as cache:
+        with pytest.raises(InputError, match="assisted"):
+            model.generate(prompt(8), past_key_values=cache, assistant_model=decoder(), max_new_tokens=4)
+        assert cache.get_seq_length() == 0
+    with pytest.raises(InputError, match="is compiled"):
+        tw.evict(torch.compile(model), tw.KNorm())
 
 
 def vars_of(model):
@@ -328,3 +333,47 @@ def test_the_language_part_of_a_vision_language_model(kind):
             assert difference(found, answers(hidden)) < 1e-5
             assert difference(found, stock) > 1e-3
             assert cache.stats["tokens_stored"] < 0.6 * cache.stats["tokens_seen"]
+
+
+def test_caches_of_several_budgets_do_not_write_to_each_other():
+    model, ids = decoder(), prompt(60)
+    with tw.evict(model, METHODS["snap_kv"](keep=1.0), masked=True) as cache:
+        model(ids, past_key_values=cache)
+        for token in (5, 6):
+            model(torch.tensor([[token]]), past_key_values=cache)
+        one, other = cache.with_keep(0.3), cache.with_keep(0.6)
+        with tw.evict(model, METHODS["snap_kv"](keep=1.0), masked=True) as fresh:
+            model(ids, past_key_values=fresh)
+            for token in (5, 6):
+                model(torch.tensor([[token]]), past_key_values=fresh)
+            alone = fresh.with_keep(0.3)
+            expected = [model(torch.tensor([[token]]), past_key_values=alone).logits for token in (7, 8)]
+        found = []
+        for token in (7, 8):
+            found.append(model(torch.tensor([[token]]), past_key_values=one).logits)
+            model(torch.tensor([[token + 20]]), past_key_values=other)
+            model(torch.tensor([[token + 40]]), past_key_values=cache)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_padding_that_no_mask_tells_is_refused():
+    model, ids = decoder(), prompt(8)
+
+    def like_flash(module, query, key, value, attention_mask, **options):
+        plain = transformers.AttentionInterface()["sdpa"]
+        return plain(module, query, key, value, None, **options)
+
+    transformers.AttentionInterface.register("like_flash", like_flash)
+    transformers.AttentionMaskInterface.register(
+        "like_flash", lambda *args, attention_mask=None, **options: attention_mask
+    )
+    model.config._attn_implementation_internal = "like_flash"
+    try:
+        with tw.evict(model, METHODS["k_norm"]()) as cache:
+            model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+            assert cache.stats["tokens_stored"] == 6
+        with tw.evict(model, METHODS["k_norm"]()) as cache, pytest.raises(InputError, match="read one row at a time"):
+            model(ids, attention_mask=torch.tensor([[0] * 2 + [1] * 6]), past_key_values=cache)
+    finally:
+        transformers.AttentionInterface._global_mapping.pop("like_flash")
+        transformers.AttentionMaskInterface._global_mapping.pop("like_flash")

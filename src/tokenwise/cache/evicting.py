@@ -10,14 +10,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokenwise.cache.base import CachePolicy, StoredTokens
+from tokenwise.cache.refusals import narrows, problems_of, repeats, rotary_for
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.ragged_kv import RaggedLayer
-from tokenwise.models.rotary import Rotary, find_rotary
 from tokenwise.models.selective_kv import SelectiveLayer, take_channels, take_heads
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.models.tiered_kv import TieredLayer
@@ -65,14 +65,16 @@ class EvictingCache(Cache, Handle):
         self._earlier: dict[str, Tensor] = {}
         self._held = False
         self._ended = False
-        self._repeats = "repetition" in method.reads and (masked or method.keep != 1.0)
-        self._narrows = type(method).key_channels is not CachePolicy.key_channels
+        self._repeats = repeats(method, masked)
+        self._narrows = narrows(method)
         self._again: Tensor | None = None
         self._idle = not masked and method.keep == 1.0 and method.dense_at_full
         self._key_width = 0
         self._last: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._rotary: Rotary | None = None
-        self._check(model)
+        problems = problems_of(model, method, self.layers, self._attentions, masked)
+        if problems:
+            raise InputError(problems)
+        self._rotary = rotary_for(model, method, self._attentions[self._places[0]])
         mine = weakref.ref(self)
         for index in self._places:
             self.on_undo(listen(attentions[index], _listener(mine, index)))
@@ -85,77 +87,6 @@ class EvictingCache(Cache, Handle):
             self.on_undo(model.register_forward_pre_hook(_checker(mine), with_kwargs=True).remove)
             self.on_undo(model.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
         weakref.finalize(self, self._undos.close)
-
-    def _check(self, model: nn.Module) -> None:
-        method, name = self.method, type(self.method).__name__
-        refusals = (method.refuses(attention) for attention in self._attentions.values())
-        problems = [problem for problem in refusals if problem is not None][:1]
-        if not self._places:
-            problems.append(
-                Problem(
-                    "model",
-                    f"{type(model).__name__} has no layer whose cache holds all tokens.",
-                    "Nothing can be evicted from layers that store a window of the tokens, or a state.",
-                )
-            )
-        keep = method.keep
-        if isinstance(keep, str) and keep.endswith("tokens") and int(keep.split()[0]) < max(method.protects, 1):
-            problems.append(
-                Problem(
-                    f"{name}.keep",
-                    f"{keep!r} is less than the {method.protects} tokens that stay whatever their score "
-                    f"(sink {method.sink}, at the end {max(method.recent, method.window)}).",
-                    "Keep more, or protect less.",
-                )
-            )
-        if isinstance(keep, str) and keep.endswith("bytes") and self._places:
-            config = self._attentions[self._places[0]].config
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            dtype = next(model.parameters()).dtype
-            token = 2 * width * heads * len(self._places) * dtype.itemsize
-            if int(keep.split()[0]) < token * max(method.protects, 1):
-                problems.append(
-                    Problem(
-                        f"{name}.keep",
-                        f"{keep!r} is less than {max(method.protects, 1)} tokens take: {token} bytes each, in "
-                        f"{len(self._places)} layers.",
-                        "Keep more.",
-                    )
-                )
-        if self._repeats and (
-            getattr(model.config, "vision_config", None) is not None
-            or any(
-                index not in self._attentions and not isinstance(layer, DynamicSlidingWindowLayer)
-                for index, layer in enumerate(self.layers)
-            )
-        ):
-            problems.append(
-                Problem(
-                    "model",
-                    f"{name} reads the prompt's tokens a second time and forgets that it did; images, and layers "
-                    "with a state, do not allow it.",
-                    "Use a method such as snap_kv.",
-                )
-            )
-        if method.bits is not None:
-            problems += _tier_problems(method, self.masked)
-        if self._narrows and any("flash" in each.config._attn_implementation for each in self._attentions.values()):
-            problems.append(
-                Problem(
-                    "model",
-                    f"{name} stores keys with fewer channels than values have, which flash attention cannot read.",
-                    "Load the model with attn_implementation='sdpa'.",
-                )
-            )
-        if problems:
-            raise InputError(problems)
-        attention = self._attentions[self._places[0]]
-        if method.positions == "compact":
-            self._rotary = find_rotary(model, attention)
-        elif "rotary" in method.reads:
-            use = f"{name} reads queries as they were before they were turned"
-            self._rotary = find_rotary(model, attention, "method", use, "Use a method such as snap_kv.")
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -243,6 +174,15 @@ class EvictingCache(Cache, Handle):
         if layer_idx in self._attentions:
             key_states = self._narrowed(self._selective(layer_idx), key_states)
         return super().update(key_states, value_states, layer_idx, *args, **options)
+
+    def activate_past_recording(self) -> None:
+        raise InputError(
+            Problem(
+                "past_key_values",
+                "cannot take back tokens for which others have left, as assisted decoding does.",
+                "Generate without an assistant.",
+            )
+        )
 
     def undo(self) -> None:
         self._ended = True
@@ -447,6 +387,15 @@ class EvictingCache(Cache, Handle):
     def _note_padding(self, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         """Count the padding of each row."""
         batch, device = call.query.shape[0], call.query.device
+        if call.padding is not None and not bool(call.padding.all()):
+            raise InputError(
+                Problem(
+                    "model",
+                    f"{type(self._attentions[self._places[0]]).__name__} is given padding in a form that does not say "
+                    "which tokens each query sees.",
+                    "Load the model with attn_implementation='sdpa', or read one row at a time.",
+                )
+            )
         if whole is None:
             layer.notes["pads"] = torch.zeros(batch, dtype=torch.long, device=device)
             layer.notes["counted"] = torch.full((batch,), layer.seen, dtype=torch.long, device=device)
@@ -611,7 +560,8 @@ class EvictingCache(Cache, Handle):
             return False
         assert layer.positions is not None
         gone = worst_of_each_head(score, layer.positions)
-        if self._rotary is not None:
+        if self.method.positions == "compact":
+            assert self._rotary is not None
             assert layer.keys is not None
             heads = max(layer.positions.shape[1], gone.shape[1])
             at = layer.positions.expand(-1, heads, -1).gather(2, gone.expand(-1, heads, -1))
@@ -747,23 +697,6 @@ class EvictingCache(Cache, Handle):
         return full
 
 
-def _tier_problems(method: CachePolicy, masked: bool) -> list[Problem]:
-    """Why a method cannot store a tier in few bits."""
-    field, problems = f"{type(method).__name__}.bits", []
-    if method.allocate in ("heads", "layers_and_heads"):
-        message = f"heads share a budget (allocate {method.allocate!r}), and tiers are those of each head."
-        problems.append(Problem(field, message, "Use allocate 'evenly' or 'pyramid'."))
-    if method.positions == "compact":
-        problems.append(
-            Problem(field, "packed keys are not turned (positions 'compact').", "Use positions='original'.")
-        )
-    if masked:
-        problems.append(
-            Problem(field, "a masked cache stores all tokens exactly.", "Leave masked=False, or bits=None.")
-        )
-    return problems
-
-
 def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
     def hear(call: AttentionCall) -> None:
         found = cache()
@@ -779,7 +712,7 @@ def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
 def _beginner(cache: weakref.ref[EvictingCache]) -> Any:
     def begin(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         found = cache()
-        if found is not None and options.get("past_key_values") == found:
+        if found is not None and any(value is found for value in (*args, *options.values())):
             given = [*args[:1], options.get("input_ids"), options.get("inputs_embeds")]
             found._begin(next((tokens.shape[1] for tokens in given if tokens is not None), 0))
 
@@ -831,5 +764,6 @@ def _shared(layer: Any) -> Any:
     """The layer once more, with the same tensors."""
     other = copy.copy(layer)
     if isinstance(layer, SelectiveLayer):
+        other.leave_room()
         other.tracks, other.notes = dict(layer.tracks), dict(layer.notes)
     return other

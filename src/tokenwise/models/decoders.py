@@ -105,6 +105,9 @@ def cached_attentions(model: Any) -> dict[int, nn.Module]:
                 "Use a model with a decoder alone.",
             )
         )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        message = f"{type(model).__name__} is compiled: nothing can listen to its attention."
+        raise InputError(Problem("model", message, "Give the model as it was before torch.compile."))
     found = {
         module.layer_idx: module
         for module in model.modules()

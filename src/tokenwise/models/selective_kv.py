@@ -140,6 +140,10 @@ class SelectiveLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, : stored + 1], values[:, :, : stored + 1]
         return self.keys, self.values
 
+    def leave_room(self) -> None:
+        """Write new tokens to memory of its own, where another layer has the same keys and values."""
+        self._roomy = None
+
     def replace_keys(self, keys: Tensor) -> None:
         """Store other keys for the same tokens."""
         if keys is not self.keys:

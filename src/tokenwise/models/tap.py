@@ -49,6 +49,8 @@ class AttentionCall:
         answer: set by a listener: what the attention gives, [batch, queries, heads, value_dim]; nothing else is
             computed then.
 
+        padding: which keys are padding and which not, [batch, keys], where the implementation is given that instead of
+            a mask.
         after: what a listener wants called once the attention has been computed.
 
     A listener may also replace `query`, `key`, `value` and `mask`: the attention is computed with what stands here in
@@ -66,6 +68,7 @@ class AttentionCall:
     window: int | None = None
     key_bias: Tensor | None = None
     answer: Tensor | None = None
+    padding: Tensor | None = None
     after: list[Callable[[], None]] = field(default_factory=list)
 
     def add_key_bias(self, bias: Tensor) -> None:
@@ -318,6 +321,7 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             causal=bool(causal) and prepared is None and query.shape[2] > 1,
             softcap=options.get("softcap"),
             window=options.get("sliding_window") if prepared is None else None,
+            padding=attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None,
         )
         borders = options.get("cu_seq_lens_q")
         for part in [call] if borders is None else _parts(call, borders.tolist()):
