@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from tokenwise.models.selective_kv import append
+
 _SLACK = 256
 """Places for new tokens beyond those in use: all tokens are copied once for so many new ones."""
 
@@ -53,12 +55,8 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before, new = self.seen, key_states.shape[2]
-        if self._held is None or before + new > self._held[0].shape[2]:
-            self._held = self._with_room(key_states, before, 0), self._with_room(value_states, before, 1)
-        for held, states in zip(self._held, (key_states, value_states), strict=True):
-            held[:, :, before : before + new] = states
-        self.keys, self.values = (held[:, :, : before + new] for held in self._held)
+        before = None if self._held is None or self.keys is None or self.values is None else (self.keys, self.values)
+        self._held, (self.keys, self.values) = append(self._held, before, (key_states, value_states), _SLACK)
         return self.keys, self.values
 
     def take(self, places: Tensor, into: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -116,11 +114,3 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (held[:, :, :seen] for held in self._held)
         self.pads = None if self.pads is None else change(self.pads)
         self.notes = {name: change(values) for name, values in self.notes.items()}
-
-    def _with_room(self, states: Tensor, before: int, which: int) -> Tensor:
-        """What is stored so far, with room for `states` and more."""
-        batch, heads, new, channels = states.shape
-        made = states.new_empty(batch, heads, before + new + _SLACK, channels)
-        if self._held is not None:
-            made[:, :, :before] = self._held[which][:, :, :before]
-        return made

@@ -131,13 +131,8 @@ class SelectiveLayer(DynamicLayer):
         if self.keys is None or self.values is None or tokens > 1 or needs_gradient:
             self._roomy = None
             return super().update(key_states, value_states)
-        stored = self.keys.shape[2]
-        if self._roomy is None or self._roomy[0].shape[2] <= stored:
-            self._roomy = (_with_room(self.keys), _with_room(self.values))
-        keys, values = self._roomy
-        keys[:, :, stored : stored + 1] = key_states
-        values[:, :, stored : stored + 1] = value_states
-        self.keys, self.values = keys[:, :, : stored + 1], values[:, :, : stored + 1]
+        before, spare = (self.keys, self.values), spare_places(self.keys.shape[2]) - 1
+        self._roomy, (self.keys, self.values) = append(self._roomy, before, (key_states, value_states), spare)
         return self.keys, self.values
 
     def leave_room(self) -> None:
@@ -264,11 +259,34 @@ class SelectiveLayer(DynamicLayer):
         self.notes = {name: change(values) for name, values in self.notes.items()}
 
 
-def _with_room(values: Tensor) -> Tensor:
-    batch, heads, stored, width = values.shape
-    made = values.new_empty(batch, heads, stored + spare_places(stored), width)
-    made[:, :, :stored] = values
-    return made
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, each [batch, heads, tokens, channels]."""
+
+
+def append(roomy: Pair | None, before: Pair | None, new: Pair, spare: int) -> tuple[Pair, Pair]:
+    """Keys and values behind others, copying these only where there is no room behind them.
+
+    Args:
+        roomy: memory that `before` is the beginning of; None where it is of no such memory.
+        before: what is stored; None where nothing is.
+        new: what is to stand behind it.
+        spare: places to be left free where memory has to be made.
+
+    Returns:
+        The memory, and all that is stored in it.
+    """
+    stored, tokens = 0 if before is None else before[0].shape[2], new[0].shape[2]
+    if roomy is None or roomy[0].shape[2] < stored + tokens:
+        first, second = (
+            states.new_empty(*states.shape[:2], stored + tokens + spare, states.shape[3]) for states in new
+        )
+        roomy = first, second
+        for place, values in zip(roomy, before or (), strict=False):
+            place[:, :, :stored] = values
+    for place, states in zip(roomy, new, strict=True):
+        place[:, :, stored : stored + tokens] = states
+    keys, values = (place[:, :, : stored + tokens] for place in roomy)
+    return roomy, (keys, values)
 
 
 def _without(values: Tensor, gone: Tensor) -> Tensor:
