@@ -37,7 +37,7 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     table.add_column("method", overflow="fold", min_width=min(longest, 16), max_width=20)
     table.add_column(_heading(conclusion), no_wrap=True)
     table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
-    reduction = conclusion.family == "reduction"
+    reduction = not conclusion.trains
     per = f"\nper {conclusion.item}" if reduction else ""
     table.add_column(f"FLOPs{per}", justify="right", no_wrap=True)
     table.add_column(f"time{per}", justify="right", no_wrap=True)
