@@ -107,7 +107,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     heads, groups = SIZES["num_attention_heads"], SIZES["num_key_value_heads"]
     for layer in model.model.layers:
-        # Heads that begin by looking for what equals the query, and by copying it, learn to recall much sooner.
+        # Heads that begin by looking for what equals the query, and by copying it, learn to recall much sooner. Those
+        # that share a key begin alike, and stay so.
         attention = layer.self_attn
         keys, values = (nn.init.orthogonal_(part.weight.data) for part in (attention.k_proj, attention.v_proj))
         attention.q_proj.weight.data = (

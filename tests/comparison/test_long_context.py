@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import tokenwise as tw
 from small_contexts import LAYERS, TEMPLATE, TOKEN, WORDS, context_plan, context_rows, remember
@@ -350,3 +350,29 @@ def test_the_example_is_a_plan_to_start_from(tmp_path):
     labels = [entry.label for entry in read_plan(tmp_path / "plan.yaml").entries]
     assert labels[:3] == ["full", "snap_kv 0.5 visible", "snap_kv 0.5 hidden"]
     assert "random 0.2 hidden" in labels
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_layers_with_a_window_see_it_whole_when_the_last_token_is_read_again(hidden):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    config = Gemma2Config(
+        vocab_size=50, num_key_value_heads=2, sliding_window=8, layer_types=kinds, eos_token_id=None, **sizes
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    ids = torch.randint(3, 50, (33,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = Contexts(np.array(ids, np.int32), np.array([[27, 30, 33]]), np.array([0.0]), np.array([], np.uint8), 1)
+    with torch.no_grad():
+        found = long_context.losses(long_context.Reader(model, Full(), rows, hidden), 0, ids[30:])
+        logits = model(torch.tensor([ids])).logits[0, 29:32]
+        assert sum(found) == pytest.approx(nll(logits, ids[30:]), rel=1e-4)
+        # All that can be evicted stays: the layer with a window is the stock one.
+        again = long_context.Reader(model, tw.KNorm(keep="40 tokens"), rows, hidden)
+        assert long_context.losses(again, 0, ids[30:]) == pytest.approx(found, rel=1e-4)
