@@ -30,17 +30,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import tokenwise as tw
 from tokenwise import catalog
-from tokenwise.cache.evicting import EvictingCache
 from tokenwise.comparison.contexts import Contexts, read_contexts
+from tokenwise.comparison.long_context import take_back
+from tokenwise.comparison.visual_question_answering import cache_bytes
 from tokenwise.errors import InputError
 
 CONTROL, BASELINE, SEEDS = "random", "full", range(5)
-SCALED = {"sink": 1, "recent": 4, "queries": 4, "kernel": 3}
+SCALED = {
+    **{"sink": 1, "recent": 4, "queries": 4, "kernel": 3},
+    **{"lag": 16, "page": 4, "future": 8, "dense_layers": 0},
+}
 """What these fields are at most, where a method has them: the papers' defaults are larger than the budgets here."""
+SCALED_OF = {"chunk_kv": {"chunk": 4}}
+"""The same of one method."""
 BATCH, TRIED, SAME = 50, 8, 1e-3
 """Rows at once; rows on which hiding is compared with evicting, and bytes are counted; how close logits must be."""
 
@@ -93,7 +99,7 @@ def method(text: str, **fields: Any) -> Any:
     values = {field: json.loads(value) for field, value in pairs} | fields
     plain = catalog.build({name: values}, family="cache")
     kind = type(plain)
-    for field, most in SCALED.items():
+    for field, most in {**SCALED, **SCALED_OF.get(plain.card.name, {})}.items():
         default = kind.model_fields[field].default if field in kind.model_fields else None
         if field not in values and isinstance(default, int) and default > most:
             values[field] = most
@@ -155,12 +161,17 @@ def tried(
     model: Any, one: Any, keeps: list[float], parts: list[Tensor], hidden: bool
 ) -> tuple[dict[float, float], bool]:
     """The share of the full cache's bytes that each budget stores, and whether hiding is the same as evicting."""
-    shares, logits = {}, {}
+    shares, logits, hides = {}, {}, True
     for keep in keeps:
         with tw.evict(model, one.replace(keep=keep)) as cache:
             model(first(parts, hidden), past_key_values=cache, logits_to_keep=1)
-            shares[keep] = cache.nbytes() / cache.stats["full_bytes"] if keep < 1 else 1.0
+            stock = DynamicCache(config=model.config)
+            model(first(parts, hidden), past_key_values=stock, logits_to_keep=1)
+            shares[keep] = cache.nbytes() / cache_bytes(stock)
             logits[keep] = written(model, cache, parts, hidden)
+            hides = hasattr(cache, "with_keep")
+    if not hides:
+        return shares, False
     try:
         hiding = dict(answered(model, one, keeps, parts, hidden, True))
     except (InputError, NotImplementedError):
@@ -173,11 +184,11 @@ def first(parts: list[Tensor], hidden: bool) -> Tensor:
     return parts[0] if hidden else torch.cat(parts[:2], 1)
 
 
-def written(model: Any, cache: EvictingCache, parts: list[Tensor], hidden: bool) -> Tensor:
+def written(model: Any, cache: Any, parts: list[Tensor], hidden: bool) -> Tensor:
     """The logits of the answer's tokens, each after the right ones before it, from what is left in the cache."""
     ids = parts[1]
     if not hidden:
-        cache.take_back(1)
+        take_back(cache)
         ids = ids[:, -1:]
     found = []
     for token in range(parts[2].shape[1]):

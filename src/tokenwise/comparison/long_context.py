@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from tokenwise.cache.apply import evict
-from tokenwise.cache.base import CachePolicy
-from tokenwise.cache.evicting import EvictingCache
 from tokenwise.cache.full import Full
 from tokenwise.comparison.contexts import Contexts
 from tokenwise.comparison.memory import PeakMemory
@@ -45,7 +43,6 @@ def run(job: Job, folder: Path, progress: Progress) -> Result:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(job.task["model"], use_safetensors=True, trust_remote_code=False)
     method = build_method(job, "cache")
-    assert isinstance(method, CachePolicy)
     reader = Reader(model.eval().to(device), method, rows, job.budget.get("way") == "hidden")
     with torch.no_grad():
         memory = PeakMemory(device)
@@ -98,7 +95,7 @@ class Reader:
         hidden: whether the context alone is read and evicted from, before the question follows.
     """
 
-    def __init__(self, model: Any, method: CachePolicy, rows: Contexts, hidden: bool) -> None:
+    def __init__(self, model: Any, method: Any, rows: Contexts, hidden: bool) -> None:
         self.model, self.method, self.rows, self.hidden = model, method, rows, hidden
 
     def spread(self, count: int) -> list[int]:
@@ -130,10 +127,7 @@ class Reader:
             for layer in windows:
                 layer.activate_past_recording()
             self.forward(first, cache)
-            if isinstance(cache, EvictingCache):
-                cache.take_back(1)
-            else:
-                cache.crop(-1)
+            take_back(cache)
             for layer in windows:
                 layer.record_past = False
             return Read(cache, ids, 1)
@@ -155,6 +149,14 @@ class Reader:
         return torch.tensor([ids], device=self.model.device)
 
 
+def take_back(cache: Any) -> None:
+    """Forget the last token that a cache has seen."""
+    if hasattr(cache, "take_back"):
+        cache.take_back(1)
+    else:  # all tokens are stored
+        cache.crop(-1)
+
+
 def losses(reader: Reader, index: int, wanted: list[int]) -> list[float]:
     """Negative log-likelihood of each token of an answer or a continuation, in nats, as it would be written.
 
@@ -163,7 +165,7 @@ def losses(reader: Reader, index: int, wanted: list[int]) -> list[float]:
     method, read = reader.method, reader.read(index)
     target = torch.tensor([wanted], device=read.ids.device)
     rest, fed = read.ids[:, -read.rest :], target[:, :-1]
-    once = method.interval is None and method.mode == "evict"
+    once = method.mode == "evict" and method.interval is None
     pieces = [rest, *(fed.split(fed.shape[1] if once else 1, 1) if fed.shape[1] else ())]
     logits = torch.cat([reader.forward(piece, read.cache, last=False) for piece in pieces], 1)
     logits = logits[0, read.rest - 1 :].float()
@@ -224,15 +226,18 @@ def _costs(reader: Reader) -> Costs:
     reading it and of writing a token, with both caches one right after the other in alternating order."""
     stored: list[dict[str, float]] = []
     for index in reader.spread(METERED):
-        first, cache = reader.first(index), reader.cache()
+        first, cache, full = reader.first(index), reader.cache(), reader.cache(full=True)
         reader.forward(first, cache)
-        tokens = first.shape[1]
-        if isinstance(cache, EvictingCache):
-            held = {"cache_bytes": cache.nbytes(), "full_cache_bytes": cache.stats["full_bytes"]}
-            share = cache.stats["tokens_stored"] / tokens
-        else:
-            held, share = dict.fromkeys(("cache_bytes", "full_cache_bytes"), cache_bytes(cache)), 1.0
-        stored.append({**held, "tokens_before": tokens, "tokens_after": share * tokens})
+        reader.forward(first, full)
+        tokens, stats = first.shape[1], getattr(cache, "stats", {})
+        stored.append(
+            {
+                "cache_bytes": cache.nbytes() if hasattr(cache, "nbytes") else cache_bytes(cache),
+                "full_cache_bytes": cache_bytes(full),
+                "tokens_before": tokens,
+                "tokens_after": stats.get("tokens_stored", tokens),
+            }
+        )
     times: dict[str, list[float]] = {}
     chosen = reader.spread(TIMED)
     for number in range(-WARM, TIMED):
