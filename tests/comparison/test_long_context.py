@@ -376,3 +376,10 @@ def test_layers_with_a_window_see_it_whole_when_the_last_token_is_read_again(hid
         # All that can be evicted stays: the layer with a window is the stock one.
         again = long_context.Reader(model, tw.KNorm(keep="40 tokens"), rows, hidden)
         assert long_context.losses(again, 0, ids[30:]) == pytest.approx(found, rel=1e-4)
+
+
+def test_nothing_is_exported(tmp_path, capsys):
+    from tokenwise.cli.main import main
+
+    assert main(["compare", str(context_plan(tmp_path)), "--export", str(tmp_path / "winner")]) == 2
+    assert "use the method on your model with tokenwise.evict" in capsys.readouterr().err
