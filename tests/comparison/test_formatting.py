@@ -69,3 +69,18 @@ def test_listing() -> None:
     assert formatting.listing(["a"]) == "a"
     assert formatting.listing(["a", "b"], "or") == "a or b"
     assert formatting.listing(["a", "b", "c"]) == "a, b and c"
+
+
+@pytest.mark.parametrize(
+    ("unit", "amount", "text"),
+    [
+        ("keep", 0.25, "0.25"),
+        ("flops", 0.5, "0.5"),
+        ("tokens", 1024.0, "1024 tokens"),
+        ("bytes", 3 * 2**30, "3 GiB"),
+        ("bytes", 1536.0 * 2**10, "1536 KiB"),
+        ("bytes", 1001.0, "1001 bytes"),
+    ],
+)
+def test_budgets_are_written_exactly(unit, amount, text):
+    assert formatting.budget(unit, amount) == text

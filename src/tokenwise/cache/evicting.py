@@ -162,6 +162,23 @@ class EvictingCache(Cache, Handle):
             other._evict(index)
         return other
 
+    def take_back(self, tokens: int) -> None:
+        """Forget the last tokens, to read them once more: what was evicted because of them stays gone, and what a
+        method has noted of them stays.
+
+        Layers with a window can do so where `DynamicSlidingWindowLayer.activate_past_recording` was called before.
+
+        Args:
+            tokens: how many of those seen.
+        """
+        for index, layer in enumerate(self.layers):
+            if index not in self._attentions:
+                layer.crop(-tokens)
+            elif layer.seen:
+                layer.notes["counted"] = layer.notes["counted"] - tokens
+                layer.take_back(layer.seen - tokens)
+                self._evicted_at[index] = min(self._evicted_at.get(index, 0), layer.seen)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
         if self._ended and layer_idx in self._attentions and self._changed(self._selective(layer_idx)):
             raise InputError(

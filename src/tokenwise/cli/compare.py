@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = "Exit code 0 when at least one run of every method finished, 1 when a method has none, 2 for a bad plan."
 
+_VERBS = {"reduction": "reduce", "cache": "evict"}
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand to the command line."""
@@ -39,6 +41,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from tokenwise.comparison import compare
     from tokenwise.comparison.export import check_label, check_target
+    from tokenwise.comparison.measured_plan import MeasuredPlan
     from tokenwise.comparison.plan import read_plan
     from tokenwise.comparison.terminal import print_conclusion
 
@@ -47,8 +50,8 @@ def _run(options: argparse.Namespace) -> int:
         check_target(options.export)
     if options.export is not None:
         plan = read_plan(options.plan)
-        if plan.task.family == "reduction":
-            fix = "Leave it out: use the method on your model with tokenwise.reduce."
+        if isinstance(plan, MeasuredPlan):
+            fix = f"Leave it out: use the method on your model with tokenwise.{_VERBS[plan.task.family]}."
             raise InputError(Problem("--export", f"a comparison of {plan.task.kind} trains no model.", fix))
         if options.method is not None:
             check_label(options.method, [entry.label for entry in plan.entries])
@@ -59,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     _say(console, f"Report: {comparison.report}")
     if options.export is not None:
         _say(console, f"Exported: {comparison.export(options.export, options.method)}")
-    elif conclusion.family != "reduction":
+    elif conclusion.trains:
         which = "" if conclusion.winner else " --method LABEL"
         what = conclusion.winner or "a method of your choice"
         _say(console, f"Write out {what}, ready to load: {comparison.command} --export DIR{which}")

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tokenwise.comparison.answer import Conclusion
+    from tokenwise.comparison.measured_plan import MeasuredPlan
     from tokenwise.comparison.plan import Plan
     from tokenwise.comparison.records import Result
-    from tokenwise.comparison.reduction_plan import ReductionPlan
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Comparison:
         command: what repeats it in a terminal.
     """
 
-    plan: Plan | ReductionPlan
+    plan: Plan | MeasuredPlan
     folder: Path
     results: list[Result]
     conclusion: Conclusion

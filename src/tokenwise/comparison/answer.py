@@ -61,9 +61,10 @@ class Row:
         relative_flops: FLOPs with the reference's, over the baseline's; None where either is not measured.
         relative_seconds: the same of the wall time; None also where it is not comparable.
         failures: the runs that failed.
-        share: the budget it was run at, where the comparison has several, in (0, 1].
-        unit: what that budget is a share of.
+        share: the budget it was run at, where the comparison has several: in (0, 1], or an amount.
+        unit: what that budget is of.
         series: its name without the budget.
+        way: the way in which it was run, where the comparison has several.
     """
 
     label: str
@@ -90,6 +91,7 @@ class Row:
     share: float | None = None
     unit: str = ""
     series: str = ""
+    way: str = ""
 
     @property
     def beats_control(self) -> bool:
@@ -142,6 +144,17 @@ class Conclusion:
     family: str = "weighting"
 
     @property
+    def trains(self) -> bool:
+        """Whether its runs train a model; else they measure a trained one, each method at several budgets."""
+        return self.family == "weighting"
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways in which methods were run, where there are several."""
+        found = tuple(dict.fromkeys(row.way for row in self.rows if row.role != "baseline"))
+        return found if len(found) > 1 else ()
+
+    @property
     def seconds_comparable(self) -> bool:
         """Whether no run had another beside it while it was timed."""
         costs = [cost for row in self.rows for cost in (row.costs, row.reference_costs) if cost is not None]
@@ -179,7 +192,7 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
         return _difference(groups[first.label], groups[second.label], level)
 
     family = plan_summary.get("family", "weighting")
-    if family == "reduction":
+    if family != "weighting":
         unit = next((result.job.budget["unit"] for result in results), "keep")
         sentence, points, chosen = answer_by_budget(rows, baseline, between, decimals, unit)
         winner = None
@@ -247,6 +260,7 @@ def _row(
         share=job.budget.get("share"),
         unit=job.budget.get("unit", ""),
         series=job.series or job.label,
+        way=job.budget.get("way", ""),
     )
 
 

@@ -225,6 +225,17 @@ def marker(shape: str, x: float, y: float, classes: str, title: str = "") -> str
     return f'<path d="{_SHAPES[shape]}" transform="translate({number(x)} {number(y)})" class="{classes}">{hover}</path>'
 
 
+def cell(x: float, y: float, width: float, height: float, share: float, string: str, title: str) -> str:
+    """A cell of a heat map, the stronger the larger `share` is (from 0 to 1; NaN is empty), with `title` on hover."""
+    strength = 0.0 if math.isnan(share) else share
+    classes = "cell strong" if strength > 0.55 else "cell"
+    return (
+        f'<g class="{classes}"><title>{escape(title)}</title><rect x="{number(x)}" y="{number(y)}" '
+        f'width="{number(width)}" height="{number(height)}" rx="2" fill-opacity="{strength:.2f}"/>'
+        f"{text(x + width / 2, y + height / 2, string, 'tick', 'middle')}</g>"
+    )
+
+
 @dataclass(frozen=True)
 class Style:
     """How a method looks in every chart: a CSS class for its colour, and a marker, so that colour is never alone."""

@@ -28,6 +28,7 @@ class Entry:
         control: label of the random choice at the same budget that runs beside it, or None.
         share: what it may keep, where the plan has several budgets, in (0, 1); None for the dense model.
         series: its name without the budget.
+        way: the way in which it is run, where the plan has several.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Entry:
     control: str | None = None
     share: float | None = None
     series: str = ""
+    way: str = ""
 
     @property
     def source(self) -> Path | None:
@@ -57,7 +59,10 @@ class Entry:
 
 @dataclass
 class Listed:
-    """One item of `methods` as it is written; `method` is None when it could not be built."""
+    """One item of `methods` as it is written; `method` is None when it could not be built.
+
+    Where the plan has budgets there is one for each, `share` in numbers and `shown` in words, and for each `way`.
+    """
 
     where: str
     written: str
@@ -65,6 +70,8 @@ class Listed:
     method: Method | None = None
     spec: Any = None
     share: float | None = None
+    shown: str = ""
+    way: str = ""
     series: str | None = None
 
     def names(self) -> set[str]:
@@ -78,7 +85,7 @@ class Listed:
         """Equal for methods that do the same."""
         assert self.method is not None
         name = self.written if ".py:" in self.written else self.method.card.id
-        return json.dumps([name, self.method.config()], sort_keys=True)
+        return json.dumps([name, self.method.config(), self.way], sort_keys=True)
 
 
 def read_methods(raw: list[Any] | None, folder: Path, problems: list[Problem], task: type[BaseTask]) -> list[Listed]:
@@ -173,7 +180,7 @@ def make_entries(listed: list[Listed], baseline: str, problems: list[Problem], t
         assert entry.method is not None
         control = control_of.get(entry.identity())
         control_label = label_of[control.identity()] if control is not None else None
-        made.append(Entry(label, entry.method, role(entry), entry.written, control_label, entry.share, name))
+        made.append(Entry(label, entry.method, role(entry), entry.written, control_label, entry.share, name, entry.way))
     return made
 
 
@@ -200,7 +207,9 @@ def _control(entry: Listed) -> Listed | None:
     if entry.share is not None and {"layer"} & method.model_fields_set & control_class.model_fields.keys():
         same["layer"] = method.layer  # type: ignore[attr-defined]  # tokens go where the method's do
     where = f"the control of {entry.where}"
-    return Listed(where, method.card.control, method=control_class(**same), share=entry.share)
+    return replace(
+        entry, where=where, written=method.card.control, label=None, series=None, method=control_class(**same)
+    )
 
 
 def _labels(entries: list[Listed], apart: bool = True) -> list[str]:
@@ -211,22 +220,22 @@ def _labels(entries: list[Listed], apart: bool = True) -> list[str]:
         apart: whether a method at several budgets is told apart by them.
     """
     named = [
-        (entry.method.card.name, _differing_fields(entry.method.config(), entry.share, apart))
+        (entry.method.card.name, _differing_fields(entry, entry.method.config(), apart))
         for entry in entries
         if entry.method
     ]
-    labels = []
+    labels, several = [], len({entry.way for entry in entries if entry.share is not None}) > 1
     for entry, (name, config) in zip(entries, named, strict=True):
         group = [other for its_name, other in named if its_name == name]
         differing = [key for key in config if any(other.get(key) != config[key] for other in group)]
-        described = ", ".join(f"{key}={config[key]}" if key else f"{config[key]:g}" for key in differing)
-        labels.append(entry.label or f"{name} {described}".strip())
+        described = ", ".join(f"{key}={config[key]}" if key else str(config[key]) for key in differing)
+        labels.append(entry.label or " ".join(part for part in (name, described, entry.way * several) if part))
     return labels
 
 
-def _differing_fields(config: dict[str, Any], share: float | None, apart: bool) -> dict[str, Any]:
+def _differing_fields(entry: Listed, config: dict[str, Any], apart: bool) -> dict[str, Any]:
     """The fields that may tell methods of one name apart; a budget of the plan has no name."""
-    if share is None:
+    if entry.share is None:
         return config
     others = {name: value for name, value in config.items() if name != "keep"}
-    return {"": share, **others} if apart else others
+    return {"": entry.shown, **others} if apart else others

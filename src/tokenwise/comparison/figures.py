@@ -10,12 +10,20 @@ import numpy as np
 from tokenwise.comparison import charts
 from tokenwise.comparison.answer import Conclusion, Row
 from tokenwise.comparison.charts import Box, Scale, Style
-from tokenwise.comparison.formatting import amount, duration, plain, ratio, signed
+from tokenwise.comparison.formatting import amount, budget, duration, memory, plain, ratio, signed
+from tokenwise.comparison.quality import RecallQuality
 from tokenwise.comparison.records import Point, Result
 from tokenwise.comparison.statistics import Interval
 from tokenwise.comparison.wording import wording
 
-MEASURES = {"flops": "FLOPs", "wall_seconds": "Wall time", "tokens_trained": "Tokens trained on"}
+MEASURES = {
+    "flops": "FLOPs",
+    "cache_bytes": "Key-value cache",
+    "wall_seconds": "Wall time",
+    "tokens_trained": "Tokens trained on",
+}
+DEPTHS = 10
+"""Parts of a context into which answers are put by their depth."""
 _LOG_FROM = 20.0
 """A cost axis is logarithmic from this ratio of largest to smallest."""
 _FAR_WORSE = 4.0
@@ -35,7 +43,7 @@ def pareto_front(points: Sequence[charts.Point]) -> list[charts.Point]:
 
 def off_scale(conclusion: Conclusion) -> set[str]:
     """Methods so much worse than the baseline that drawing them to scale would flatten all others."""
-    if conclusion.family == "reduction":
+    if not conclusion.trains:
         return set()  # how far quality falls with the budget is what the drawing is to show
     compared = [row for row in conclusion.rows if row.versus_baseline and math.isfinite(row.versus_baseline.mean)]
     differences = {row.label: row.versus_baseline.mean for row in compared if row.versus_baseline}
@@ -46,7 +54,9 @@ def off_scale(conclusion: Conclusion) -> set[str]:
     return {label for label, value in differences.items() if value > _OFF_SCALE * max(typical, spread)}
 
 
-def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: str, wide: bool) -> str | None:
+def cost_figure(
+    conclusion: Conclusion, styles: Mapping[str, Style], measure: str, wide: bool, way: str = ""
+) -> str | None:
     """Held-out quality against a cost; None where fewer than two methods have both.
 
     Args:
@@ -54,8 +64,13 @@ def cost_figure(conclusion: Conclusion, styles: Mapping[str, Style], measure: st
         styles: by label.
         measure: a key of `MEASURES`.
         wide: 540 pixels, else 340.
+        way: of running methods, to draw those of one way and the baseline alone.
     """
-    rows = [row for row in conclusion.rows if _drawable(row, measure)]
+    rows = [
+        row
+        for row in conclusion.rows
+        if _drawable(row, measure) and (not way or row.way == way or row.role == "baseline")
+    ]
     if len(rows) < 2:
         return None
     width, height = (540.0, 370.0) if wide else (340.0, 320.0)
@@ -166,6 +181,55 @@ def curve_figure(
         f"Curves of {conclusion.curve_measure.name} for {', '.join(drawn)}, from {start:.0%} of the budget to its end."
     )
     return charts.svg(width, height, described, parts, _size(wide))
+
+
+def depth_figure(conclusion: Conclusion, results: Sequence[Result], way: str, wide: bool) -> str | None:
+    """How often each method answers right, by where in the context the answer stands; None where that is not known.
+
+    Args:
+        conclusion: gives the order of the methods.
+        results: of every job; means over the finished seeds are drawn.
+        way: of running methods, to draw those of one way and the baseline alone; all where it is empty.
+        wide: 900 pixels, else 340.
+    """
+    found: dict[str, list[RecallQuality]] = {}
+    for result in results:
+        if result.status == "finished" and isinstance(result.quality, RecallQuality) and result.quality.depth:
+            found.setdefault(result.job.label, []).append(result.quality)
+    rows = [row for row in conclusion.rows if row.label in found]
+    rows = [row for row in rows if not way or row.way == way or row.role == "baseline"]
+    if not rows:
+        return None
+    count = DEPTHS if wide else DEPTHS // 2
+    place = np.minimum((np.array(found[rows[0].label][0].depth) * count).astype(int), count - 1)
+    # At each budget the methods stand together.
+    rows = sorted(rows, key=lambda row: (row.role != "baseline", -(row.share or 0.0)))
+    names = [charts.shorten(row.label.removesuffix(f" {way}"), 190 if wide else 120) for row in rows]
+    left = 12 + max(charts.text_width(name) for name in names)
+    width, height, top, gap = 900.0 if wide else 340.0, 22.0, 40.0, 8.0
+    step = (width - left - 4) / count
+    parts = [charts.text(left, 8, "where the answer stands in the context, % →", "axis")]
+    for column in range(count):
+        middle = left + (column + 0.5) * step
+        parts.append(
+            charts.text(middle, 26, f"{100 * column // count}–{100 * (column + 1) // count}", "tick", "middle")
+        )
+    y, before = top, rows[0].share
+    for row, name in zip(rows, names, strict=True):
+        if row.share != before:
+            y, before = y + gap, row.share
+        right = np.mean([quality.correct for quality in found[row.label]], axis=0)
+        parts.append(charts.text(left - 8, y + height / 2, name, "tick", "end"))
+        for column in range(count):
+            here = right[place == column]
+            share = float(here.mean()) if len(here) else math.nan
+            shown = "–" if math.isnan(share) else plain(100 * share, 0)
+            title = f"{row.label}, {100 * column // count} to {100 * (column + 1) // count}% of the context: "
+            title += "no question" if math.isnan(share) else f"{shown}% of {len(here)} answered right"
+            parts.append(charts.cell(left + column * step, y, step - 2, height - 2, share, shown, title))
+        y += height
+    described = f"Right answers by depth for {', '.join(row.label for row in rows)}."
+    return charts.svg(width, y + 4, described, parts, _size(wide))
 
 
 def goals_figure(
@@ -365,7 +429,7 @@ def _name(row: Row, rows: Sequence[Row]) -> str:
     same = [other for other in rows if other.series == row.series]
     if len(same) == 1 or row.share is None:
         return row.label
-    return row.label if row is max(same, key=lambda other: other.share or 0.0) else f"{row.share:g}"
+    return row.label if row is max(same, key=lambda other: other.share or 0.0) else budget(row.unit, row.share)
 
 
 def _size(wide: bool) -> str:
@@ -389,6 +453,9 @@ def _unit(measure: str, largest: float) -> tuple[float, str]:
         return 0.001, " (ms)"
     if measure == "wall_seconds":
         return next((u for u in ((1.0, " (s)"), (60.0, " (min)")) if largest < 120 * u[0]), (3600.0, " (h)"))
+    if measure == "cache_bytes":
+        size, name = next(((s, n) for s, n in ((2**30, "GiB"), (2**20, "MiB")) if largest >= 2 * s), (2**10, "KiB"))
+        return float(size), f" ({name})"
     power = max(int(math.log10(largest)) // 3 * 3, 0) if largest >= 1 else 0
     if measure == "tokens_trained" and power in (3, 6, 9):
         return 10.0**power, {3: " (thousands)", 6: " (millions)", 9: " (billions)"}[power]
@@ -397,7 +464,7 @@ def _unit(measure: str, largest: float) -> tuple[float, str]:
 
 
 def _cost_text(row: Row, measure: str) -> str:
-    show = duration if measure == "wall_seconds" else amount
+    show = {"wall_seconds": duration, "cache_bytes": memory}.get(measure, amount)
     unit = {"flops": " FLOPs", "tokens_trained": " tokens"}.get(measure, "")
     text = f"{show(getattr(row.costs, measure))}{unit}"
     if row.reference_costs is not None:

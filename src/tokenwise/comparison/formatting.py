@@ -47,6 +47,17 @@ def memory(size: float | None) -> str:
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 
+def budget(unit: str, amount: float) -> str:
+    """What a method may keep, exactly: ``0.25`` of a share, ``64 tokens``, ``512 KiB``."""
+    if unit == "tokens":
+        return f"{amount:g} tokens"
+    if unit != "bytes":
+        return f"{amount:g}"
+    units = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "bytes"}
+    size = next(size for size in units if amount % size == 0)
+    return f"{int(amount) // size} {units[size]}"
+
+
 def ratio(value: float | None) -> str:
     """``1.31×``."""
     return NOT_MEASURED if value is None else f"{value:.2f}×"

@@ -31,6 +31,7 @@ from tokenwise.comparison.sections import (
 )
 from tokenwise.comparison.sections import SECTIONS as OTHER_SECTIONS
 from tokenwise.comparison.stored import charged, check_fits, check_method, check_rows
+from tokenwise.comparison.task import MeasuredTask
 from tokenwise.comparison.tasks import AnyTask, Preparation, Task, check_held_out, task_class
 from tokenwise.comparison.yaml_file import read_yaml
 from tokenwise.errors import InputError, Problem, nearest
@@ -40,7 +41,7 @@ from tokenwise.scores.layout import Manifest, is_store
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tokenwise.comparison.reduction_plan import ReductionPlan
+    from tokenwise.comparison.measured_plan import MeasuredPlan
 
 SECTIONS: dict[str, Any] = {"task": AnyTask, **OTHER_SECTIONS}
 """What stands under each key of a plan."""
@@ -297,7 +298,7 @@ class Plan:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_plan(path: Path | str) -> Plan | ReductionPlan:
+def read_plan(path: Path | str) -> Plan | MeasuredPlan:
     """Read and check a plan. Paths in it start at its folder.
 
     Raises:
@@ -306,10 +307,10 @@ def read_plan(path: Path | str) -> Plan | ReductionPlan:
     path = Path(path)
     raw = _read_mapping(path)
     kind = task_class(raw.get("task"))
-    if kind.family == "reduction":
-        from tokenwise.comparison.reduction_plan import read_reduction_plan
+    if issubclass(kind, MeasuredTask):
+        from tokenwise.comparison.measured_plan import read_measured_plan
 
-        return read_reduction_plan(path, raw)
+        return read_measured_plan(path, raw)
     folder = path.resolve().parent
     problems = [
         Problem(str(name), "is no part of a plan.", nearest(str(name), SECTIONS))

@@ -444,6 +444,88 @@ class QuestionQuality(_WrittenAnswers):
         return f"{_count(len(self.tokens), 'question')}, {sum(self.tokens):,} answer tokens"
 
 
+WRONG_RECALL = _percent(
+    "wrong answers",
+    "The share of questions whose answer, written by the model token by token (always the likeliest one) with what is "
+    "left in its cache, is not exactly the expected one, blanks around it apart.",
+    None,
+)
+
+
+@dataclass
+class RecallQuality(_WrittenAnswers):
+    """Answers to questions about long contexts.
+
+    Args:
+        nll: summed negative log-likelihood of each expected answer, in nats.
+        tokens: of each expected answer.
+        correct: whether the answer the model wrote is the expected one.
+        depth: where in the context each answer stands, from 0 to 1; empty where that is not known.
+    """
+
+    depth: list[float]
+    kind: Literal["recall"] = "recall"
+
+    item: ClassVar[str] = "question"
+    brief: ClassVar[tuple[Measure, ...]] = (ANSWER_LOSS,)
+
+    @property
+    def measure(self) -> Measure:
+        return WRONG_RECALL
+
+    @property
+    def details(self) -> dict[Measure, float]:
+        return {
+            EXACT_MATCH: 100 * sum(self.correct) / len(self.correct),
+            ANSWER_LOSS: sum(self.nll) / sum(self.tokens),
+        }
+
+    @property
+    def held_out(self) -> str:
+        return f"{_count(len(self.tokens), 'question')}, {sum(self.tokens):,} answer tokens"
+
+
+CONTINUATION_LOSS = Measure(
+    "continuation loss",
+    "nats/token",
+    "The negative log-likelihood of what follows each context, as the model would write it with what is left in its "
+    "cache, summed and divided by its tokens.",
+)
+
+
+@dataclass
+class ContinuationQuality(Quality):
+    """Loss of what follows long contexts.
+
+    Args:
+        nll: summed negative log-likelihood of each continuation, in nats.
+        tokens: of each continuation.
+    """
+
+    nll: list[float]
+    tokens: list[int]
+    kind: Literal["continuation"] = "continuation"
+
+    item: ClassVar[str] = "text"
+
+    @property
+    def measure(self) -> Measure:
+        return CONTINUATION_LOSS
+
+    def columns(self) -> Array:
+        return np.array([self.nll, self.tokens], dtype=np.float64).T
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def identity(self) -> Hashable:
+        return tuple(self.tokens)
+
+    @property
+    def held_out(self) -> str:
+        return f"{_count(len(self.tokens), 'text')}, {sum(self.tokens):,} tokens that follow"
+
+
 UNLEARNING_ERROR = _percent(
     "unlearning error",
     "100% minus the harmonic mean of what was forgotten (1 minus the probability of the answers to forget) and what "
@@ -535,6 +617,8 @@ _KINDS: dict[str, type[Quality]] = {
     "classes": ClassQuality,
     "images": ImageQuality,
     "questions": QuestionQuality,
+    "recall": RecallQuality,
+    "continuation": ContinuationQuality,
     "unlearning": UnlearningQuality,
 }
 

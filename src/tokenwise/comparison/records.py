@@ -91,6 +91,9 @@ class Costs:
         tokens_after: those that leave it.
         token_share: share of the tokens that the feed-forward layers work on, averaged over the blocks.
         cache_bytes: what the keys and values of one item's prompt take, as they are stored.
+        full_cache_bytes: what they would take if all were stored.
+        decode_seconds: time of writing one token after a prompt.
+        full_decode_seconds: the same with the full cache.
     """
 
     flops: float | None = None
@@ -107,6 +110,9 @@ class Costs:
     tokens_after: float | None = None
     token_share: float | None = None
     cache_bytes: float | None = None
+    full_cache_bytes: float | None = None
+    decode_seconds: float | None = None
+    full_decode_seconds: float | None = None
 
 
 @dataclass

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tokenwise.comparison.formatting import listing, plain, ratio, signed
+from tokenwise.comparison.formatting import budget, listing, plain, ratio, signed
 from tokenwise.comparison.sentence import SAME_COST
 from tokenwise.comparison.statistics import Interval
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is said of one budget: the methods to use, their series, and the words."""
+    """What is said of one budget, in one way of running: the methods to use, their series, and the words."""
 
     share: float
     unit: str
+    way: str
     labels: tuple[str, ...]
     series: tuple[str, ...]
     text: str
@@ -27,6 +28,12 @@ class _Part:
     @property
     def budget(self) -> str:
         return _budgets([self])
+
+    @property
+    def name(self) -> str:
+        """The budget and the way, at the start of a line."""
+        text = self.budget + (f", question {self.way}" if self.way else "")
+        return text[:1].upper() + text[1:]
 
 
 def answer_by_budget(
@@ -47,7 +54,7 @@ def answer_by_budget(
         baseline: label of the baseline.
         between: the difference between two of `rows`.
         decimals: how many to give.
-        unit: ``keep`` or ``flops``.
+        unit: what budgets are of: ``keep``, ``flops``, ``tokens`` or ``bytes``.
 
     Returns:
         The sentence, one for each budget with the numbers behind it, and the labels they name.
@@ -61,30 +68,45 @@ def answer_by_budget(
             (),
             (),
         )
-    shares = sorted({row.share for row in rows if row.share is not None and row.label != baseline}, reverse=True)
+    run = [row for row in rows if row.share is not None and row.label != baseline]
+    shares = sorted({row.share for row in run if row.share is not None}, reverse=True)
+    ways = list(dict.fromkeys(row.way for row in run))
     parts = []
-    for share in shares:
-        here = [row for row in rows if row.share == share]
-        parts.append(_Part(share, unit, *_at(here, base, between, decimals)))
+    for way in ways:
+        for share in shares:
+            here = [row for row in run if (row.share, row.way) == (share, way)]
+            # The way is said once for all of them.
+            here = [replace(row, series=row.series.removesuffix(f" {way}")) for row in here]
+            parts.append(_Part(share, unit, way if len(ways) > 1 else "", *_at(here, base, between, decimals)))
     if not parts:
         return f"Nothing to choose from: {baseline} is the only method.", (), ()
-    points = tuple(f"{part.budget[:1].upper()}{part.budget[1:]}: {part.text}." for part in parts)
+    points = tuple(f"{part.name}: {part.text}." for part in parts)
     named = tuple(label for part in parts for label in part.labels)
+    if len(ways) == 1:
+        text = _said(parts)
+        return f"{text[:1].upper()}{text[1:]}.", points, named
+    texts = [f"ith the question {way}, {_said([part for part in parts if part.way == way])}" for way in ways]
+    return f"W{'; w'.join(texts)}.", points, named
+
+
+def _said(parts: Sequence[_Part]) -> str:
+    """What to use at some budgets."""
     budgets = _budgets(parts)
-    if not named:
-        return f"No method is shown to be better than chance at {budgets}.", points, ()
+    if not any(part.labels for part in parts):
+        return f"no method is shown to be better than chance at {budgets}"
     if len({part.series for part in parts}) == 1:
-        return f"Use {listing(parts[0].series, 'or')} at {budgets}.", points, named
+        return f"use {listing(parts[0].series, 'or')} at {budgets}"
     clear = [f"{listing(part.series, 'or')} at {part.budget}" for part in parts if part.labels]
     unclear = [part for part in parts if not part.labels]
     rest = f"; at {_budgets(unclear)} no method is shown to be better than chance" if unclear else ""
-    return f"Use {listing(clear)}{rest}.", points, named
+    return f"use {listing(clear)}{rest}"
 
 
 def _budgets(parts: Sequence[_Part]) -> str:
     """``keep 0.75, 0.5 and 0.25``."""
-    shares = listing([f"{part.share:g}" for part in parts])
-    return f"keep {shares}" if parts[0].unit == "keep" else f"{shares} of the FLOPs"
+    unit = parts[0].unit
+    shares = listing([budget(unit, part.share) for part in parts])
+    return {"keep": f"keep {shares}", "flops": f"{shares} of the FLOPs"}.get(unit, shares)
 
 
 def _at(
@@ -145,6 +167,8 @@ def _price(row: Row, base: Row, decimals: int) -> str:
         parts.append(f"{row.measure.name} {signed(row.versus_baseline.mean, decimals)} {unit} to {base.label}{shown}")
     else:
         parts.append(f"{row.measure.name} {plain(row.quality or 0.0, decimals)}")
+    if row.costs.cache_bytes is not None and row.costs.full_cache_bytes:
+        parts.append(f"{ratio(row.costs.cache_bytes / row.costs.full_cache_bytes)} the bytes")
     if row.relative_flops is not None:
         parts.append(f"{ratio(row.relative_flops)} the FLOPs")
     if row.relative_seconds is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
 from tokenwise.comparison.images import Pictures, find_images, read_pictures
 from tokenwise.comparison.questions import Questions, named_images, read_questions
 from tokenwise.comparison.sections import Files, Real, Section, Whole, folder_of, shorten
-from tokenwise.comparison.task import BaseTask
+from tokenwise.comparison.task import MeasuredTask, told
 from tokenwise.errors import InputError, Problem
 from tokenwise.files import write_binary
 from tokenwise.method import Method
@@ -36,7 +36,8 @@ class TrainedModel:
     config: Any
 
 
-def _trained(head: load.Head, value: Any, info: ValidationInfo) -> TrainedModel:
+def trained(head: load.Head, value: Any, info: ValidationInfo) -> TrainedModel:
+    """The field `model` of a task that trains nothing."""
     if not isinstance(value, str) or not value:
         fix = "Write a directory or a hub id; it is not trained here, so it must have been."
         raise InputError(Problem("", f"{shorten(value)} is not a model.", fix))
@@ -75,6 +76,10 @@ class Shares(Section):
         """A share, in words."""
         return f"keep {share:g}" if self.unit == "keep" else f"{share:g} of the FLOPs"
 
+    def short(self, share: float) -> str:
+        """A share, as it stands behind a method's name."""
+        return f"{share:g}"
+
     def __str__(self) -> str:
         from tokenwise.comparison.formatting import listing
 
@@ -104,35 +109,33 @@ class QuestionData(Section):
     """Measure on so many questions at most, drawn by chance, the same ones every time."""
 
 
-class ReductionTask(BaseTask):
+class ReductionTask(MeasuredTask):
     """A trained model is run with fewer tokens."""
 
     family: ClassVar[str] = "reduction"
     baseline: ClassVar[str] = "dense"
-    names: ClassVar[tuple[str, ...]] = ("held_out_rows",)
+    budgets: ClassVar[type[Section]] = Shares
+    nothing_saved: ClassVar[str] = "reduction/dense"
     sites: ClassVar[frozenset[str]]
     """Where its methods may act."""
 
-    model: Any
-    """The model."""
-    data: Any
-    """The data."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """All settings that decide a run's outcome, as plain JSON values."""
-
-    def sources(self) -> list[Path]:
-        """The files and folders whose content decides a result, the model's apart."""
-        return list(self.data.eval)
-
-    @abstractmethod
-    def prepare(self, path: Path) -> None:
-        """Read the data into one file; one that is there is used again."""
-
-    @abstractmethod
-    def remark(self, path: Path) -> str:
-        """What a reader should know of the prepared data, in words."""
+    def unfit(self, methods: Sequence[tuple[str, str, Method, float | None]]) -> list[Problem]:
+        plans = self.plans({label: method for label, _, method, _ in methods})
+        dense = {
+            label: method.replace(keep=1.0)
+            for label, _, method, amount in methods
+            if amount is not None and "keep" in type(method).model_fields
+        }
+        whole = self.plans(dense)
+        problems = {}
+        for label, series, _, _ in methods:
+            plan = plans[label]
+            if isinstance(plan, InputError):
+                problems[series] = told(label, plan)
+            elif plan == whole.get(label) and min(plan) < max(plan):
+                message = "leaves the same tokens at every budget: a field of its own says how many."
+                problems[series] = [Problem(f"methods ({series})", message, "Leave that field out.")]
+        return [problem for found in problems.values() for problem in found]
 
     @abstractmethod
     def plans(self, methods: Mapping[str, Method]) -> dict[str, list[int] | InputError]:
@@ -159,7 +162,7 @@ class ImageClassification(ReductionTask):
 
     kind: Literal["image_classification"]
     """The kind of task."""
-    model: Annotated[TrainedModel, PlainValidator(partial(_trained, "image"))]
+    model: Annotated[TrainedModel, PlainValidator(partial(trained, "image"))]
     """A directory or a hub id of a trained image classifier."""
     data: ImageData
     """{eval: ...}."""
@@ -224,7 +227,7 @@ class VisualQuestionAnswering(ReductionTask):
 
     kind: Literal["visual_question_answering"]
     """The kind of task."""
-    model: Annotated[TrainedModel, PlainValidator(partial(_trained, "vision_language"))]
+    model: Annotated[TrainedModel, PlainValidator(partial(trained, "vision_language"))]
     """A directory or a hub id of a trained vision-language model with its processor."""
     data: QuestionData
     """{eval: ...}."""

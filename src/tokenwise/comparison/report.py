@@ -67,6 +67,7 @@ def write_report(
         key=lambda label: Markup(_key(styles[label])),
         cost_figures=_cost_figures(conclusion, styles),
         curve_figures=_curve_figures(conclusion, results, styles),
+        depth_figures=_depth_figures(conclusion, results),
         goals=_drawings([figures.goals_figure(conclusion, results, styles, wide) for wide in (True, False)]),
         goal_measures=next((_goals(result) for result in results if _goals(result)), ()),
         weights=_weights(conclusion, results, styles),
@@ -120,9 +121,21 @@ def _drawings(drawings: Sequence[str | None]) -> Markup | None:
 def _cost_figures(conclusion: Conclusion, styles: Mapping[str, charts.Style]) -> list[dict[str, Any]]:
     found = []
     for measure, title in figures.MEASURES.items():
-        drawings = _drawings([figures.cost_figure(conclusion, styles, measure, wide) for wide in (True, False)])
+        for way in conclusion.ways or ("",):
+            drawings = _drawings(
+                [figures.cost_figure(conclusion, styles, measure, wide, way) for wide in (True, False)]
+            )
+            if drawings is not None:
+                found.append({"title": f"{title}, question {way}" if way else title, "drawings": drawings})
+    return found
+
+
+def _depth_figures(conclusion: Conclusion, results: Sequence[Result]) -> list[dict[str, Any]]:
+    found = []
+    for way in conclusion.ways or ("",):
+        drawings = _drawings([figures.depth_figure(conclusion, results, way, wide) for wide in (True, False)])
         if drawings is not None:
-            found.append({"title": title, "drawings": drawings})
+            found.append({"title": f"Question {way}" if way else "All", "drawings": drawings})
     return found
 
 

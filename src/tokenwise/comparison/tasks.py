@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 
 from tokenwise.comparison import data as blocks_of
+from tokenwise.comparison.cache_tasks import LongContext
 from tokenwise.comparison.chat import read_responses
 from tokenwise.comparison.reduction_tasks import ImageClassification, VisualQuestionAnswering
 from tokenwise.comparison.rows import Answers, Examples, Findings, Ragged, Responses
@@ -570,6 +571,7 @@ TASKS: dict[str, type[BaseTask]] = {
     "unlearning": Unlearning,
     "image_classification": ImageClassification,
     "visual_question_answering": VisualQuestionAnswering,
+    "long_context": LongContext,
 }
 """Every kind of task; the one place that lists them."""
 

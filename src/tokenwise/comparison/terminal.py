@@ -37,9 +37,11 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     table.add_column("method", overflow="fold", min_width=min(longest, 16), max_width=20)
     table.add_column(_heading(conclusion), no_wrap=True)
     table.add_column(Text(f"against {conclusion.baseline}", overflow="ellipsis"), no_wrap=True)
-    reduction = conclusion.family == "reduction"
+    reduction = not conclusion.trains
     per = f"\nper {conclusion.item}" if reduction else ""
-    table.add_column(f"FLOPs{per}", justify="right", no_wrap=True)
+    counted = conclusion.trains or any(row.costs.flops is not None for row in conclusion.rows)
+    if counted:
+        table.add_column(f"FLOPs{per}", justify="right", no_wrap=True)
     table.add_column(f"time{per}", justify="right", no_wrap=True)
     cached = any(row.costs.cache_bytes is not None for row in conclusion.rows)
     if wide:
@@ -56,7 +58,7 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
             Text(row.label, style="bold" if row.label in conclusion.chosen else ""),
             _quality(row, conclusion, spread=wide),
             _differences(row, conclusion.decimals),
-            _flops(row),
+            *((_flops(row),) if counted else ()),
             _seconds(row),
             *(last if wide else ()),
         )

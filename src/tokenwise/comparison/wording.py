@@ -199,8 +199,62 @@ ASKING = replace(
 )
 
 
+REMEMBERING = replace(
+    REDUCTION,
+    columns=(
+        Column("cache_bytes", "Key-value cache", memory, below=("full_cache_bytes", lambda size: f"of {memory(size)}")),
+        Column(
+            "tokens_after", "Tokens stored", _tokens, below=("token_share", lambda value: f"{_percent(value)} kept")
+        ),
+        Column(
+            "wall_seconds",
+            "Time of reading",
+            duration,
+            relative="relative_seconds",
+            below=("dense_seconds", lambda seconds: f"full cache {duration(seconds)}"),
+        ),
+        Column(
+            "decode_seconds",
+            "Time of a token",
+            duration,
+            below=("full_decode_seconds", lambda seconds: f"full cache {duration(seconds)}"),
+        ),
+        _MEMORY,
+    ),
+    terms=(
+        (
+            "Visible, hidden",
+            "With the question visible, context and question are read and then evicted from; the prompt's last token "
+            "is read once more from what is left, so that all of the answer follows from it. With the question hidden "
+            "the context alone is read and evicted from, and the question follows as a second turn on the same cache, "
+            "which is brought back to its budget after it. The full cache answers the same either way.",
+        ),
+        (
+            "Key-value cache, tokens",
+            "What the stored keys and values take once a method has evicted from what it has read, and what they "
+            "would take if all were stored. Stored: tokens, as a mean over layers and heads.",
+        ),
+        (
+            "Time",
+            "Of reading what the method sees of a row before it evicts, scoring and evicting included, and of writing "
+            "one token after it: medians over rows. Every row goes through the method and the full cache one right "
+            "after the other, in alternating order, after warming up; times of reading are scaled so that the full "
+            "cache takes as long in every run as in {baseline}'s.",
+        ),
+        (
+            "Memory",
+            "The high-water mark of the process while the model reads and writes, its weights and libraries included.",
+        ),
+    ),
+    unmeasured="several rows at once, energy, and quality in any other respect than the columns above. The front is of "
+    "means and carries no test.",
+)
+
+
 def wording(family: str, item: str) -> Wording:
     """The words for a family of methods, measured on items of some kind."""
+    if family == "cache":
+        return REMEMBERING
     if family == "reduction":
         return ASKING if item == QuestionQuality.item else REDUCTION
     return TRAINING

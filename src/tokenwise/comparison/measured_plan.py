@@ -11,19 +11,13 @@ from tokenwise import fingerprint
 from tokenwise.comparison.entries import Entry, Listed, make_entries, read_methods
 from tokenwise.comparison.plan import names_of, read_sections
 from tokenwise.comparison.records import Job
-from tokenwise.comparison.reduction_tasks import ReductionTask, Shares
 from tokenwise.comparison.sections import Seeds, collect
+from tokenwise.comparison.task import Amounts, MeasuredTask
 from tokenwise.comparison.tasks import AnyTask, task_class
 from tokenwise.errors import InputError, Problem, nearest
 
-SECTIONS: dict[str, Any] = {
-    "task": AnyTask,
-    "budget": Shares,
-    "seeds": Seeds,
-    "methods": list[Any],
-    "baseline": str,
-}
-"""What stands under each key of such a plan."""
+SECTIONS: dict[str, Any] = {"task": AnyTask, "seeds": Seeds, "methods": list[Any], "baseline": str}
+"""What stands under each key of such a plan; the task knows what its budgets are."""
 SEEDS = (0, 1, 2, 3, 4)
 """Runs are short, and only those that draw are repeated."""
 MISSING = {
@@ -34,15 +28,15 @@ MISSING = {
 
 
 @dataclass
-class ReductionPlan:
+class MeasuredPlan:
     """A checked plan: every path exists, every method is built and fits the model.
 
     Call `prepare` once, then `jobs`.
     """
 
     file: Path
-    task: ReductionTask
-    budget: Shares
+    task: MeasuredTask
+    budget: Amounts
     seeds: tuple[int, ...]
     entries: list[Entry]
     _remark: str = ""
@@ -63,6 +57,7 @@ class ReductionPlan:
         if not path.is_file():
             progress(f"reading {names_of(self.task.data.eval)}")
             self.task.prepare(path)
+        self.task.check_prepared(path, {entry.label: entry.method for entry in self.entries})
         self._remark = self.task.remark(path)
 
     def jobs(self, folder: Path) -> list[Job]:
@@ -72,7 +67,7 @@ class ReductionPlan:
     def summary(self) -> dict[str, str]:
         """What is compared, in words: family, task, model, data, budget, seeds, baseline, plan_file."""
         return {
-            "family": "reduction",
+            "family": self.task.family,
             "task": self.task.described,
             "model": f"{self.task.model.written}, {self.task.model.config.model_type}",
             "data": f"measured on {names_of(self.task.data.eval)}{self._remark}",
@@ -104,7 +99,11 @@ class ReductionPlan:
             method=replace(entry, method=method).spec(),
             role=entry.role,
             task=task,
-            budget={"unit": self.budget.unit, "share": entry.share if entry.share is not None else 1.0},
+            budget={
+                "unit": self.budget.unit,
+                "share": entry.share if entry.share is not None else 1.0,
+                **({"way": entry.way} if entry.way else {}),
+            },
             inputs=inputs,
             control=entry.control,
             series=entry.series,
@@ -127,7 +126,7 @@ class ReductionPlan:
         return folder.resolve() / "data" / f"{name[:20]}.npz"
 
 
-def read_reduction_plan(path: Path, raw: Mapping[Any, Any]) -> ReductionPlan:
+def read_measured_plan(path: Path, raw: Mapping[Any, Any]) -> MeasuredPlan:
     """Check a plan that `read_plan` has read.
 
     Raises:
@@ -135,28 +134,31 @@ def read_reduction_plan(path: Path, raw: Mapping[Any, Any]) -> ReductionPlan:
     """
     folder = path.resolve().parent
     kind = task_class(raw.get("task"))
+    assert issubclass(kind, MeasuredTask)
     name = raw["task"]["kind"]
+    sections = {**SECTIONS, "budget": kind.budgets}
     problems = [
-        Problem(str(key), f"is no part of a plan of {name}.", nearest(str(key), SECTIONS, "Leave it out."))
+        Problem(str(key), f"is no part of a plan of {name}.", nearest(str(key), sections, "Leave it out."))
         for key in raw
-        if key not in SECTIONS
+        if key not in sections
     ]
-    values = read_sections(raw, SECTIONS, folder, problems, MISSING)
+    values = read_sections(raw, sections, folder, problems, MISSING)
     listed = read_methods(values.get("methods"), folder, problems, kind)
     task, budget = values.get("task"), values.get("budget")
     entries: list[Entry] = []
     if budget is not None:
+        ways = task.ways if task is not None else ("",)
         for entry in listed:
             if entry.method is not None:
                 problems += _set_by_the_plan(entry)
-        spread = [part for entry in listed for part in _at_budgets(entry, budget, problems)]
+        spread = [part for entry in listed for part in _at_budgets(entry, budget, ways, kind, problems)]
         entries = make_entries(spread, values.get("baseline", kind.baseline), problems, kind)
     if task is not None and budget is not None and not problems:
         with collect(problems):
-            problems += _unfit(task, entries)
+            problems += task.unfit([(entry.label, entry.series, entry.method, entry.share) for entry in entries])
     if problems or task is None or budget is None:
         raise InputError(problems)
-    return ReductionPlan(path, task, budget, values.get("seeds", SEEDS), entries)
+    return MeasuredPlan(path, task, budget, values.get("seeds", SEEDS), entries)
 
 
 def _set_by_the_plan(entry: Listed) -> list[Problem]:
@@ -167,10 +169,12 @@ def _set_by_the_plan(entry: Listed) -> list[Problem]:
     return [Problem(f"{where}.{name}", "is set by the plan.", fix) for name, fix in why.items() if name in given]
 
 
-def _at_budgets(entry: Listed, budget: Shares, problems: list[Problem]) -> list[Listed]:
-    """The method at every budget; the dense model as it is."""
+def _at_budgets(
+    entry: Listed, budget: Amounts, ways: tuple[str, ...], kind: type[MeasuredTask], problems: list[Problem]
+) -> list[Listed]:
+    """The method at every budget, in every way; the one that saves nothing as it is."""
     method = entry.method
-    if method is None or method.card.id == "reduction/dense":
+    if method is None or method.card.id == kind.nothing_saved:
         return [entry]
     found = []
     with collect(problems):
@@ -180,28 +184,11 @@ def _at_budgets(entry: Listed, budget: Shares, problems: list[Problem]) -> list[
             except InputError as error:
                 message = f"cannot be given {budget.named(share)}: {error.problems[0].message}"
                 raise InputError(Problem(entry.where, f"{entry.written} {message}")) from None
-            label = None if entry.label is None else f"{entry.label} {share:g}"
-            found.append(replace(entry, label=label, method=changed, share=share, series=entry.label))
+            for way in ways:
+                shown, apart = budget.short(share), way if len(ways) > 1 else ""
+                label = None if entry.label is None else f"{entry.label} {shown} {apart}".rstrip()
+                series = None if entry.label is None else f"{entry.label} {apart}".rstrip()
+                found.append(
+                    replace(entry, label=label, method=changed, share=share, shown=shown, way=way, series=series)
+                )
     return found
-
-
-def _unfit(task: ReductionTask, entries: list[Entry]) -> list[Problem]:
-    """Methods that the model cannot run, or to which the budget means nothing."""
-    plans = task.plans({entry.label: entry.method for entry in entries})
-    dense = {
-        entry.label: entry.method.replace(keep=1.0)
-        for entry in entries
-        if entry.share is not None and "keep" in type(entry.method).model_fields
-    }
-    whole = task.plans(dense)
-    problems = {}
-    for entry in entries:
-        plan = plans[entry.label]
-        if isinstance(plan, InputError):
-            problems[entry.series] = [
-                Problem(f"methods ({entry.label})", f"{part.field}: {part.message}", part.fix) for part in plan.problems
-            ]
-        elif plan == whole.get(entry.label) and min(plan) < max(plan):
-            message = "leaves the same tokens at every budget: a field of its own says how many."
-            problems[entry.series] = [Problem(f"methods ({entry.series})", message, "Leave that field out.")]
-    return [problem for found in problems.values() for problem in found]
