@@ -53,8 +53,17 @@ class Rotary:
         return new
 
 
-def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary:
+def find_rotary(
+    model: nn.Module,
+    attention: nn.Module,
+    asked: tuple[str, str, str] = ("positions", "'compact'", "Leave positions='original'."),
+) -> Rotary:
     """How `model` turns the keys of `attention`.
+
+    Args:
+        model: with the rotary embedding.
+        attention: one of its attention modules.
+        asked: what the user asked for, for the message of an error: its field, what turns cached keys, and the fix.
 
     Raises:
         InputError: when it has no rotary embedding of a known kind, or one that changes with the length.
@@ -62,7 +71,7 @@ def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary:
 
     def refuse(why: str) -> InputError:
         return InputError(
-            Problem("positions", f"'compact' turns cached keys, and {why}.", "Leave positions='original'.")
+            Problem(asked[0], f"{asked[1]} turns cached keys, and {why}.", asked[2])
         )
 
     modules: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
