@@ -1,10 +1,14 @@
 """Virtual unmerging equals attention over all tokens, written out; caches, padding and beams follow; undone exactly."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from small_models import llava, spread
+from small_models import spread
 from small_vision_language import IMAGE, batch_for, one_row, vision_language
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import tokenwise as tw
 from tokenwise.errors import InputError
@@ -12,6 +16,7 @@ from tokenwise.models.rotary import find_rotary
 from tokenwise.reduction import InputReducer, Merge, virtual_unmerge
 from tokenwise.reduction.virtual_unmerging import Members, unmerged_attention
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/virtual_unmerging.json").read_text())
 ROWS = [[3, "a", 2, "b", 4], [2, "c", 5]]
 GREEDY = {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6, "suppress_tokens": [*range(95, 99)]}
 CONFIGS = {
@@ -29,7 +34,8 @@ class Scattered(InputReducer):
     drops: bool = True
 
     def counts_of(self, images):
-        return [len(image.features) // 4 + index for index, image in enumerate(images)]
+        sizes = [len(image.features) for image in images]
+        return [min(size // 4 + index, size // 2) for index, size in enumerate(sizes)]
 
     def select(self, image, count):
         tokens = torch.arange(len(image.features))
@@ -135,10 +141,41 @@ def test_equals_attention_over_all_tokens(text, padding):
 
 
 @torch.no_grad()
-def test_eager_attention():
-    model = model_of("llama", "eager")
+def test_attention_is_the_official_one():
+    config = transformers.LlamaConfig(
+        vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaModel(config)
+    attention, hidden = model.layers[0].self_attn, torch.tensor([[*GOLDEN["hidden"], GOLDEN["next"]]])
+    for name, weight in GOLDEN["weights"].items():
+        getattr(attention, name).weight.copy_(torch.tensor(weight))
+    mapping = torch.tensor([GOLDEN["mapping"]])
+    rotary = find_rotary(model, attention)
+    # Where a merged token itself stands does not matter: at its first member, or its last.
+    for own in ([0, 1, 2, 3, 8, 9], [0, 7, 4, 6, 8, 9]):
+        place = torch.tensor([own])
+        steps = torch.arange(10) - place.gather(1, mapping)
+        members = Members(mapping, steps, torch.ones_like(mapping, dtype=torch.bool), place)
+        cos, sin = model.rotary_emb(hidden, position_ids=torch.tensor([[*own, 10]]))
+        split = (getattr(attention, name)(hidden).view(1, 7, 2, 4).transpose(1, 2) for name in ("q_proj", "k_proj"))
+        query, key = apply_rotary_pos_emb(*split, cos, sin)
+        value = attention.v_proj(hidden).view(1, 7, 2, 4).transpose(1, 2)
+        prompt = [part[:, :, :6] for part in (query, key, value)]
+        found = attention.o_proj(unmerged_attention(*prompt, members, members.turn(rotary), 0.5, None).flatten(2))
+        assert torch.allclose(found[0], torch.tensor(GOLDEN["output"]), atol=1e-4, rtol=1e-4)
+        members = members.followed(torch.ones(1, 1, dtype=torch.bool))
+        further = unmerged_attention(query[:, :, 6:], key, value, members, members.turn(rotary), 0.5, None)
+        found = attention.o_proj(further.flatten(2))
+        assert torch.allclose(found[0, 0], torch.tensor(GOLDEN["next_output"]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Scattered(), tw.VQToken(keep=0.25), tw.AveragePool(keep=0.25)], ids=type)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_methods_and_implementations(method, attention):
+    model = model_of("llama", attention)
     single = rows_of(model, "left")[1][0]
-    with tw.reduce(model, Scattered()) as handle, virtual_unmerge(handle):
+    with tw.reduce(model, method) as handle, virtual_unmerge(handle):
         found = model(**single).logits[0]
     assert torch.allclose(found, expected(model, single, handle, [0, 1]), atol=1e-5)
 
@@ -188,6 +225,8 @@ def test_goes_on_from_a_cache_with_several_tokens():
         positions = torch.arange(length, length + 3).unsqueeze(0)
         options = {"past_key_values": cache, "position_ids": positions, "attention_mask": mask}
         found = model(input_ids=further, **options).logits[0]
+        cache.crop(-3)
+        assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(further), **options).logits[0], found)
     whole = {**single, "input_ids": torch.cat([ids, further], 1)}
     assert torch.allclose(found, expected(model, whole, handle, [0, 1])[-3:], atol=1e-5)
 
@@ -199,7 +238,14 @@ def test_nothing_merged_is_the_dense_model_to_the_bit_and_undoing_leaves_nothing
     text = {name: value for name, value in singles[0].items() if name != "pixel_values"}
     text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] == IMAGE, 5)
     plain, ids, other = model(**inputs).logits, model.generate(**inputs, **GREEDY), model(**text).logits
-    names = [set(vars(module)) for module in model.modules()]
+
+    def patches():
+        return [
+            (set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for module in model.modules()
+        ]
+
+    before = patches()
     with tw.reduce(model, tw.VQToken(keep=1.0)) as handle, virtual_unmerge(handle) as unmerging:
         assert torch.equal(model(**inputs).logits, plain)
         assert torch.equal(model.generate(**inputs, **GREEDY), ids)
@@ -209,8 +255,7 @@ def test_nothing_merged_is_the_dense_model_to_the_bit_and_undoing_leaves_nothing
     model(**inputs)
     assert torch.equal(model(**text).logits, other)
     handle.undo()  # which ends the unmerging, too
-    assert [set(vars(module)) for module in model.modules()] == names
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert patches() == before
     assert torch.equal(model(**inputs).logits, plain)
 
 
@@ -251,8 +296,8 @@ def test_other_models_generate_the_same_in_a_batch_and_alone(kind, method):
 
 
 def test_training_reaches_the_vision_tower_and_the_layers():
-    model, inputs = llava(), batch_for("llava", llava(), ROWS[:1])
-    model.train()
+    model = model_of("llama").train()
+    inputs = batch_for("llava", model, ROWS)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
     with tw.reduce(model, Scattered(drops=False)) as handle, virtual_unmerge(handle):
         model(**inputs, labels=labels).loss.backward()
@@ -292,4 +337,10 @@ def test_what_cannot_be_unmerged_is_refused():
             model.generate(**inputs, **GREEDY, prefill_chunk_size=4)
         with pytest.raises(InputError, match="DynamicCache"):
             model.generate(**inputs, **GREEDY, cache_implementation="static")
+        with pytest.raises(InputError, match="DynamicCache"), tw.cache.evict(model, tw.cache.KNorm(keep=0.5)) as cache:
+            model.generate(**inputs, **GREEDY, past_key_values=cache)
+        with pytest.raises(InputError, match="in its layers"):
+            tw.reduce(model, tw.PyramidDrop(keep=0.5))
+        with pytest.raises(InputError, match="in its layers"):
+            virtual_unmerge(handle)
         assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 6

@@ -13,6 +13,37 @@ from tokenwise.errors import InputError, Problem
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A turn by some positions.
+
+    Args:
+        cos: of the angle of each pair of channels, [..., pairs], fp32.
+        sin: likewise.
+        interleaved: whether a pair lies side by side; else half the channels apart.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """`keys` ([..., head_dim], to whose other dimensions those of the angles broadcast) turned, in their type.
+
+        The same to the bit where the angle is 0; channels beyond the pairs are not turned.
+        """
+        cos, sin, pairs = self.cos, self.sin, self.cos.shape[-1]
+        rows = keys.float()
+        turned, rest = rows[..., : 2 * pairs], rows[..., 2 * pairs :]
+        if self.interleaved:
+            first, second = turned[..., ::2], turned[..., 1::2]
+            both = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+        else:
+            first, second = turned[..., :pairs], turned[..., pairs:]
+            both = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return torch.cat([both, rest], -1).to(keys.dtype)
+
+
+@dataclass(frozen=True)
 class Rotary:
     """How a model turns its keys.
 
@@ -38,19 +69,14 @@ class Rotary:
         moved = (steps != 0).expand(*keys.shape[:3])
         if not bool(moved.any()):
             return keys
-        angle = steps.expand(*keys.shape[:3])[moved].unsqueeze(1) * self.frequencies.to(keys.device)
-        cos, sin, pairs = angle.cos(), angle.sin(), len(self.frequencies)
-        rows = keys[moved].float()
-        turned, rest = rows[:, : 2 * pairs], rows[:, 2 * pairs :]
-        if self.interleaved:
-            first, second = turned[:, ::2], turned[:, 1::2]
-            both = torch.stack([first * cos - second * sin, second * cos + first * sin], 2).flatten(1)
-        else:
-            first, second = turned[:, :pairs], turned[:, pairs:]
-            both = torch.cat([first * cos - second * sin, second * cos + first * sin], 1)
         new = keys if in_place else keys.clone()
-        new[moved] = torch.cat([both, rest], 1).to(keys.dtype)
+        new[moved] = self.by(steps.expand(*keys.shape[:3])[moved])(keys[moved])
         return new
+
+    def by(self, steps: Tensor) -> Turn:
+        """The turn by `steps` positions, to be applied more than once; [...], int64."""
+        angle = steps.unsqueeze(-1) * self.frequencies.to(steps.device)
+        return Turn(angle.cos(), angle.sin(), self.interleaved)
 
 
 def find_rotary(
@@ -70,9 +96,7 @@ def find_rotary(
     """
 
     def refuse(why: str) -> InputError:
-        return InputError(
-            Problem(asked[0], f"{asked[1]} turns cached keys, and {why}.", asked[2])
-        )
+        return InputError(Problem(asked[0], f"{asked[1]} turns cached keys, and {why}.", asked[2]))
 
     modules: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
     rotate = vars(sys.modules[type(attention).__module__]).get("rotate_half")

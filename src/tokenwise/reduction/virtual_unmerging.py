@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.decoders import find_decoder
-from tokenwise.models.rotary import Rotary, find_rotary
+from tokenwise.models.rotary import Rotary, Turn, find_rotary
 from tokenwise.models.tap import AttentionCall, listen
 from tokenwise.models.vision_language import VisionLanguageModel
 from tokenwise.reduction.active import claim, conflict
@@ -61,11 +61,14 @@ class Members:
             torch.cat([self.own, self.merged.shape[1] + further], 1),
         )
 
-    def spread(self, values: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """One row for each member of `values` ([batch, heads, tokens, channels]); turned to its position by `rotary`."""
+    def spread(self, values: Tensor) -> Tensor:
+        """One row for each member of `values` ([batch, heads, tokens, channels])."""
         index = self.merged[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3])
-        rows = values.gather(2, index)
-        return rows if rotary is None else rotary.turn(rows, self.steps.unsqueeze(1))
+        return values.gather(2, index)
+
+    def turn(self, rotary: Rotary) -> Turn:
+        """From the position of its merged token to that of each member, for [batch, heads, members, head_dim]."""
+        return rotary.by(self.steps.unsqueeze(1))
 
     def average(self, values: Tensor) -> Tensor:
         """The mean over the members of each merged token of `values` ([batch, members, channels])."""
@@ -90,7 +93,7 @@ def unmerged_attention(
     key: Tensor,
     value: Tensor,
     members: Members,
-    rotary: Rotary,
+    turn: Turn,
     scaling: float,
     visible: Tensor | None,
 ) -> Tensor:
@@ -101,7 +104,7 @@ def unmerged_attention(
         key: [batch, key heads, tokens, head_dim], turned to the position of each merged token, as is `query`.
         value: [batch, key heads, tokens, value_dim].
         members: of the tokens.
-        rotary: how queries and keys are turned.
+        turn: as `members.turn` gives it.
         scaling: factor on the scores.
         visible: as `members.visible` gives it for the members that ask.
 
@@ -110,8 +113,8 @@ def unmerged_attention(
     """
     whole = query.shape[2] == key.shape[2]
     answer = functional.scaled_dot_product_attention(
-        members.spread(query, rotary) if whole else query,
-        members.spread(key, rotary),
+        turn(members.spread(query)) if whole else query,
+        turn(members.spread(key)),
         members.spread(value),
         attn_mask=visible,
         is_causal=whole and visible is None,
@@ -187,10 +190,11 @@ class VirtualUnmerging(Handle):
             ("model", f"virtual unmerging of what {type(method).__name__} merged", "Leave virtual_unmerge out."),
         )
         self._attention = decoder.layers[0].self_attn
-        self._of: tuple[Pruned, Members | None] | None = None
+        self._of: tuple[ref[Pruned], Members | None] | None = None
         self._prompts: WeakKeyDictionary[Any, Members] = WeakKeyDictionary()
         self._prompt: Members | None = None
         self._members: Members | None = None
+        self._turn: Turn | None = None
         self._visible: Tensor | None = None
         before = decoder.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.on_undo(before.remove)
@@ -201,25 +205,28 @@ class VirtualUnmerging(Handle):
         reduction.on_undo(self.undo)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self._prompt = self._members = self._visible = None
-        ids = options.get("input_ids", args[0] if args else None)
+        self._prompt = self._members = self._turn = self._visible = None
+        given = options.get("input_ids", args[0] if args else None)
+        given = options.get("inputs_embeds") if given is None else given
         cache, mask = options.get("past_key_values"), options.get("attention_mask")
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = self._prompts.get(cache) if past else self._read()
         if prompt is None:
             return
         self._check(module, options)
-        assert ids is not None
+        assert given is not None
+        rows, read = given.shape[:2]
         batch, tokens = prompt.own.shape
-        further = past + ids.shape[1] - tokens
-        if further < 0 or 0 < past < tokens or ids.shape[0] % batch:
+        further = past + read - tokens
+        if further < 0 or 0 < past < tokens or rows % batch:
             message = "is read in parts, or is not the one whose images were merged."
             raise InputError(Problem("input_ids", message, "Give each prompt at once, with no prefill_chunk_size."))
         self._prompt = prompt
-        prompt = prompt.repeated(ids.shape[0] // batch)
-        shown = torch.ones(ids.shape[0], further, dtype=torch.bool, device=ids.device)
+        prompt = prompt.repeated(rows // batch)
+        shown = torch.ones(rows, further, dtype=torch.bool, device=given.device)
         self._members = prompt.followed(shown if mask is None else mask[:, tokens:].bool())
-        self._visible = self._members.visible(ids.shape[1] if past else self._members.shown.shape[1])
+        self._turn = self._members.turn(self._rotary)
+        self._visible = self._members.visible(read if past else self._members.shown.shape[1])
 
     def _read(self) -> Members | None:
         """The members of the prompt that is being read; None where it has none, or none is read."""
@@ -227,9 +234,9 @@ class VirtualUnmerging(Handle):
         if reading is None:
             return None
         inputs, pruned = reading
-        if self._of is None or self._of[0] is not pruned:
+        if self._of is None or self._of[0]() is not pruned:
             members = members_of(self.reduction.layout, inputs, pruned)
-            self._of = pruned, members
+            self._of = ref(pruned), members
             if members is not None:
                 read = int(pruned.batch["attention_mask"].sum())
                 for name, value in (("batches", 1), ("tokens", read), ("members", int(members.shown.sum()))):
@@ -243,6 +250,9 @@ class VirtualUnmerging(Handle):
         if getattr(config, "output_attentions", False) if asked is None else asked:
             message = "has rows that the layers do not have while tokens are virtually unmerged."
             problems.append(Problem("output_attentions", message, "Set output_attentions=False."))
+        if not _plain(options.get("past_key_values")):
+            message = f"is a {type(options['past_key_values']).__name__}, whose tokens cannot be told from each other."
+            problems.append(Problem("past_key_values", message, "Use a DynamicCache, which is what generate does."))
         mask = options.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             message = "is prepared already, so that the padding in it cannot be told."
@@ -250,32 +260,24 @@ class VirtualUnmerging(Handle):
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             message = "checkpoints gradients: its layers run again when the prompt is no longer known."
             problems.append(Problem("model", message, "Call model.gradient_checkpointing_disable()."))
-        if module.training and getattr(self._attention, "attention_dropout", 0):
+        if module.training and getattr(config, "attention_dropout", 0.0) > 0:
             message = "drops attention at random in training, which virtual unmerging does not."
             problems.append(Problem("model", message, "Set attention_dropout=0."))
         if problems:
             raise InputError(problems)
 
     def _attend(self, call: AttentionCall) -> None:
-        members = self._members
-        if members is None:
+        members, turn = self._members, self._turn
+        if members is None or turn is None:
             return
         if call.answer is not None or call.key_bias is not None or call.key.shape[2] != members.own.shape[1]:
-            raise InputError(
-                Problem(
-                    "past_key_values",
-                    f"stores {call.key.shape[2]} tokens of {members.own.shape[1]}, or attention is changed otherwise, "
-                    "while tokens are virtually unmerged.",
-                    "Use a DynamicCache, which is what generate does, and no method that evicts from it.",
-                )
-            )
-        call.answer = unmerged_attention(
-            call.query, call.key, call.value, members, self._rotary, call.scaling, self._visible
-        )
+            message = "is changed by something else, too, while tokens are virtually unmerged."
+            raise InputError(Problem("attention", message, "Use one of both."))
+        call.answer = unmerged_attention(call.query, call.key, call.value, members, turn, call.scaling, self._visible)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         prompt = self._prompt
-        self._prompt = self._members = self._visible = None
+        self._prompt = self._members = self._turn = self._visible = None
         cache = getattr(output, "past_key_values", None)
         if prompt is not None and isinstance(cache, Cache):
             self._prompts[cache] = prompt
@@ -324,6 +326,16 @@ def _problem(reduction: InputReduction) -> Problem | None:
         message = f"{type(layout.model).__name__} has a language model {kind!r}, whose attention is not known here."
         return Problem("model", message, f"Known are {', '.join(_KINDS)}.")
     return None
+
+
+def _plain(cache: Any) -> bool:
+    """Whether a cache, where there is one, stores every token of every layer as it comes."""
+    return cache is None or (
+        isinstance(cache, Cache)
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and not getattr(cache, "offloading", False)
+        and getattr(cache, "layer_class_to_replicate", None) in (None, DynamicLayer)
+    )
 
 
 def _language_model(module: Any) -> nn.Module:
