@@ -38,7 +38,7 @@ class Members:
         merged: the token that each one is in, [batch, members], int64.
         steps: positions that each one is behind that token (negative: before it), [batch, members], int64.
         shown: which are tokens and no padding, and were not dropped, [batch, members], bool.
-        own: of each merged token the member whose place it has, [batch, tokens], int64; 0 for padding.
+        own: of each merged token the member whose place it has, [batch, tokens], int64; any for padding.
     """
 
     merged: Tensor
