@@ -1,5 +1,4 @@
 import ast
-import io
 import itertools
 import json
 import math
@@ -10,24 +9,6 @@ import pytest
 from tokenwise.cli import explain
 from tokenwise.cli.main import main
 from tokenwise.errors import InputError
-
-
-def test_token_texts_give_the_text_again():
-    text = "  añ 🙂 x\n"
-    # A byte-level tokenizer: the emoji's four bytes are two tokens that both cover the whole character.
-    offsets = [(0, 0), (2, 4), (5, 6), (5, 6), (7, 8), (8, 9)]
-    names = ["<s>", "aÃ±", "ðŁ", "ĻĤ", "x", "Ċ"]
-    pieces = explain.token_texts(text, offsets, names)
-    assert pieces == ["<s>", "  añ", " 🙂", "·", " x", "\n"]
-
-
-def test_text_comes_from_the_argument_a_file_or_standard_input(tmp_path, monkeypatch):
-    file = tmp_path / "text.txt"
-    file.write_text("from a file", encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
-    assert explain._read_text("as it is") == "as it is"
-    assert explain._read_text(f"@{file}") == "from a file"
-    assert explain._read_text("-") == "from a pipe"
 
 
 def test_missing_file_is_named(tmp_path, capsys):

@@ -72,18 +72,18 @@ def test_taking_tokens_back_is_refused():
 
 def test_one_token_is_stored_behind_the_others_without_a_copy():
     layer = SelectiveLayer()
-    states = torch.randn(2, 3, 10, 4)
-    layer.update(states[:, :, :5], -states[:, :, :5])
-    assert layer.nbytes() == 2 * states[:, :, :5].nbytes
+    states = torch.randn(2, 3, 85, 4)
+    layer.update(states[:, :, :80], -states[:, :, :80])
+    assert layer.nbytes() == 2 * states[:, :, :80].nbytes
     places = set()
-    for token in range(5, 10):
+    for token in range(80, 85):
         keys, values = layer.update(states[:, :, token : token + 1], -states[:, :, token : token + 1])
         assert layer.gave(keys)
         places.add(keys.data_ptr())
     assert torch.equal(keys, states)
     assert torch.equal(values, -states)
     assert len(places) == 1
-    assert layer.nbytes() == 2 * 2 * 3 * (5 + 64) * 4 * 4
+    assert layer.nbytes() == 2 * 2 * 3 * (80 + 5) * 4 * 4
 
 
 def test_the_last_token_takes_the_place_of_the_one_that_is_dropped():

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenwise.models.tap import AttentionCall
+from tokenwise.signals import attention
 
 
 def made(queries=41, keys=41, heads=6, key_heads=6, batch=3, dtype=torch.float32, **options):
@@ -120,3 +121,44 @@ def test_a_mask_of_the_model_is_not_copied_whole():
     with _Largest() as seen:
         call.columns()
     assert seen.elements <= tokens * tokens // 2
+
+
+TRIANGLE = torch.ones(200, 200, dtype=torch.bool).tril()
+FAR = TRIANGLE.clone()
+FAR[3, 190] = True
+FIRST = torch.zeros(200, 200, dtype=torch.bool)
+FIRST[:, 0] = True
+READ = {
+    "causal": ({"mask": None, "causal": True}, [64, 128, 192, 200]),
+    "triangle": ({"mask": TRIANGLE[None, None]}, [64, 128, 192, 200]),
+    "added": ({"mask": torch.zeros(1, 1, 200, 200).masked_fill(~TRIANGLE, -3e38)}, [64, 128, 192, 200]),
+    "one sees further": ({"mask": FAR[None, None]}, [191, 128, 192, 200]),
+    "the first alone": ({"mask": FIRST[None, None]}, [2, 2, 2, 2]),
+    "plain": ({"mask": None}, [200] * 4),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_keys_that_no_query_of_a_block_sees_are_not_read(name, monkeypatch):
+    options, expected = READ[name]
+    call = made(queries=200, keys=200, batch=1, scaling=0.3, **options)
+    read, plain = [], attention._softmax_of
+
+    def softmax(query, key, *others):
+        read.append(key.shape[2])
+        return plain(query, key, *others)
+
+    monkeypatch.setattr(attention, "_softmax_of", softmax)
+    monkeypatch.setattr(attention, "_CACHED_BYTES", 1)
+    found = call.columns()
+    torch.testing.assert_close(found, whole(call).float().mean(2), atol=2e-6, rtol=0)
+    assert read[::6] == expected
+
+
+def test_columns_with_noise_at_a_temperature():
+    call = made(scaling=0.3, mask=random_mask(3, 1, 41, 41), softcap=2.0)
+    noise = torch.randn(3, 6, 41, 41, generator=torch.Generator().manual_seed(3))
+    scores = 2.0 * torch.tanh(call.query.double() @ call.key.double().transpose(2, 3) * 0.3 / 2.0) + noise
+    expected = (scores.masked_fill(~call.mask, float("-inf")) / 1.7).softmax(3).mean(2).float()
+    found = call.columns(None, 1.7, lambda positions, keys: noise[:, :, positions[0], :keys])
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)

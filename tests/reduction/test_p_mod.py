@@ -122,7 +122,7 @@ def test_the_layers_by_hand():
             stored = cache.layers[index]
             assert stored.keys.shape[2] == len(kept) == (40, 33, 28, 26)[index]
             if index:
-                assert torch.equal(stored.positions[0], kept)
+                assert torch.equal(stored.positions[0, 0], kept)
     hook.remove()
     assert torch.allclose(found[0][0], model.lm_head(language.norm(hidden)), atol=1e-9)
     assert handle.stats["mean_share"] == pytest.approx((16 + 9 + 4 + 2) / 64)

@@ -7,7 +7,9 @@ from typing import Any
 
 _PUBLIC = {
     "CachePolicy": "base",
+    "CacheSelector": "base",
     "EvictingCache": "evicting",
+    "SelectingCache": "selecting",
     "StoredTokens": "base",
     "evict": "apply",
 }

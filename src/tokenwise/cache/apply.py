@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import nn
 
-from tokenwise.cache.base import CachePolicy
+from tokenwise.cache.base import CachePolicy, CacheSelector
 from tokenwise.cache.evicting import EvictingCache
+from tokenwise.cache.selecting import SelectingCache
 from tokenwise.errors import InputError, Problem
 
 
-def evict(model: nn.Module, method: CachePolicy, *, masked: bool = False) -> EvictingCache:
+@overload
+def evict(model: nn.Module, method: CachePolicy, *, masked: bool = False) -> EvictingCache: ...
+@overload
+def evict(model: nn.Module, method: CacheSelector, *, masked: bool = False) -> SelectingCache: ...
+def evict(
+    model: nn.Module, method: CachePolicy | CacheSelector, *, masked: bool = False
+) -> EvictingCache | SelectingCache:
     """A cache that keeps the tokens that matter, to be passed as ``past_key_values`` to `generate` or `forward`.
 
     It listens to the attention of `model` until it is undone, its ``with`` block left, or it is dropped; while another
@@ -17,13 +26,15 @@ def evict(model: nn.Module, method: CachePolicy, *, masked: bool = False) -> Evi
 
     Args:
         model: a decoder of transformers, or a vision-language model.
-        method: which tokens stay.
+        method: which tokens stay; or, of a `CacheSelector`, which of all that stay stored each step reads.
         masked: keep them all stored and hide from attention those that would be gone: the reference for what eviction
             does; with `EvictingCache.with_keep` many budgets from one prompt.
 
     Raises:
         InputError: when the model or the budget does not fit, before anything is computed.
     """
+    if isinstance(method, CacheSelector):
+        return SelectingCache(model, method, masked)
     if not isinstance(method, CachePolicy):
         raise InputError(Problem("method", f"{method!r} is no cache policy.", "See `tokenwise methods`."))
     return EvictingCache(model, method, masked)

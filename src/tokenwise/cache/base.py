@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tokenwise.errors import Problem
 from tokenwise.method import Method
-from tokenwise.policies.budget import KeepOrBytes
+from tokenwise.policies.budget import Keep, KeepOrBytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from tokenwise.models.rotary import Rotary
     from tokenwise.models.tap import AttentionCall
 
 
@@ -39,7 +44,14 @@ class StoredTokens:
             tokens, 0 for new ones. ``received`` where the method reads it: the attention each key has received, summed
             over queries and the heads that share the key, fp32.
         notes: what it knows of each row, by name, each [batch, ...]. ``queries`` where it reads them: the last
-            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim].
+            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim]. While tokens are scored,
+            ``counts``: how many of them each head is to keep, [batch], int64, were the layer's budget shared evenly.
+            ``repeats`` while the prompt is repeated, where the method reads it: the column of the token that each query
+            repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
+        rotary: how the model turns queries and keys, where the method reads it.
+        earlier: what the layers before noted for this one while the same tokens were scored, by name, each
+            [batch, seen]. ``kept`` where the method reads ``earlier``: what the layer before stores. Empty in the
+            first layer, and where nothing had to go yet.
     """
 
     keys: Tensor
@@ -56,6 +68,8 @@ class StoredTokens:
     module: Any
     tracks: dict[str, Tensor]
     notes: dict[str, Tensor]
+    rotary: Rotary | None = None
+    earlier: dict[str, Tensor] = field(default_factory=dict)
 
     def over_queries(self, values: Tensor) -> Tensor:
         """[batch, query heads, ...] as the heads that share a key beside each other: [batch, key heads, group, ...]."""
@@ -82,24 +96,59 @@ class StoredTokens:
         rows = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min).softmax(-1)
         return rows * (places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1)
 
+    def received(
+        self, call: AttentionCall, temperature: float = 1.0, noise: Callable[[Tensor, int], Tensor] | None = None
+    ) -> Tensor:
+        """The attention that each stored token receives from the queries of a call, padding left out.
 
-class CachePolicy(Method):
-    """Keeps the cached tokens that matter.
+        Args:
+            call: over what is stored.
+            temperature, noise: as for `AttentionCall.columns`.
 
-    A subclass scores the tokens that a layer stores (`score`); which of them stay under the budget, what is protected,
-    and that the memory of the others is freed, is done here for all.
-    """
+        Returns:
+            [batch, key heads, stored], summed over the queries and the heads that share a key, fp32.
+        """
+        queries = call.query.shape[2]
+        shown = self.notes.get("shown")
+        valid = None if shown is None else shown[:, -queries:]
+        count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
+        return (call.columns(valid, temperature, noise) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
+
+    def accumulate(self, name: str, values: Tensor) -> None:
+        """Add `values`, [batch, key heads or 1, stored], to a track."""
+        before = self.tracks.get(name)
+        self.tracks[name] = values if before is None else before + values
+
+    def summed_over_heads(self, values: Tensor) -> Tensor:
+        """The sum over all heads that store the same token: [batch, key heads, stored] as
+        [batch, key heads or 1, stored]."""
+        if self.positions.shape[1] == 1:
+            return values.sum(1, keepdim=True)
+        total = self.by_position(values)
+        return total.gather(1, self.positions.flatten(1)).view_as(self.positions)
+
+    def by_position(self, values: Tensor) -> Tensor:
+        """[batch, key heads, stored] as [batch, seen]: summed over heads, 0 for a token that none stores."""
+        positions = self.positions.expand_as(values)
+        if self.real is not None:
+            values = values.masked_fill(~self.real, 0)
+        return values.new_zeros(len(values), self.seen).scatter_add_(1, positions.flatten(1), values.flatten(1))
+
+
+class CacheMethod(Method):
+    """What methods that free cached tokens and methods that read some of them at each step have in common."""
 
     family: ClassVar[str] = "cache"
     traits: ClassVar[tuple[str, ...]] = ("reads", "mode")
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the score is made of: ``keys``, ``values``, ``window`` (the attention of the last queries), ``received``
-    (the attention of all of them)."""
-    mode: ClassVar[Literal["evict", "select"]] = "evict"
+    """What the score is made of: ``keys``, ``values``, ``queries`` (those of this step), ``window`` (the attention of
+    the last queries), ``received`` (the attention of all of them), ``earlier`` (what the layers before keep),
+    ``rotary`` (how queries are turned), ``repetition`` (the attention of the prompt when it is read a second time)."""
+    mode: ClassVar[Literal["evict", "select"]]
     """Whether tokens leave the cache, or each step reads some of those stored."""
-    ordered: ClassVar[bool] = True
-    """Whether the score of a token depends on which ones are stored beside it; where not, a generated token takes the
-    place of the one that is evicted, and nothing is copied."""
+
+    dense_at_full: ClassVar[bool] = True
+    """Whether nothing is done with ``keep=1``."""
 
     keep: KeepOrBytes = 0.5
     """What stays of the tokens seen, in each layer and head, as a mean; or memory for the keys and values of the whole
@@ -108,6 +157,25 @@ class CachePolicy(Method):
     """Tokens at the beginning that stay, within the budget."""
     recent: Annotated[int, Field(ge=0)] = 0
     """Tokens at the end that stay, within the budget."""
+
+    @property
+    def protects(self) -> int:
+        """How many tokens stay whatever their score."""
+        return self.sink + self.recent
+
+
+class CachePolicy(CacheMethod):
+    """Keeps the cached tokens that matter.
+
+    A subclass scores the tokens that a layer stores (`score`); which of them stay under the budget, what is protected,
+    and that the memory of the others is freed, is done here for all.
+    """
+
+    mode: ClassVar[Literal["evict", "select"]] = "evict"
+    ordered: ClassVar[bool] = True
+    """Whether the score of a token depends on which ones are stored beside it; where not, a generated token takes the
+    place of the one that is evicted, and nothing is copied."""
+
     interval: Annotated[int, Field(ge=1)] | None = None
     """Evict while generating, too, every so many tokens; None: only when a prompt, or a part of one, has been read."""
     positions: Literal["original", "compact"] = "original"
@@ -119,6 +187,11 @@ class CachePolicy(Method):
     """Of its even share what each head keeps anyway, when heads share a budget."""
     beta: Annotated[float, Field(gt=1)] = 20.0
     """How small the last layer's share is, with `allocate` ``pyramid``: one part in so many."""
+    bits: Literal[8, 4] | None = None
+    """Bits of a channel in a second tier: what the budget's bytes leave over is spent on tokens with lower scores in so
+    many bits. None: all that stays is exact."""
+    exact: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the budget's bytes for exact tokens, those with the highest scores, with `bits`."""
 
     @property
     def window(self) -> int:
@@ -127,13 +200,84 @@ class CachePolicy(Method):
 
     @property
     def protects(self) -> int:
-        """How many tokens stay whatever their score."""
+        """How many tokens stay whatever their score, however small the budget."""
         return self.sink + max(self.recent, self.window)
+
+    def last(self, counts: Tensor) -> Tensor:
+        """How many tokens at the end stay whatever their score under a budget of `counts`; both [batch], int64."""
+        import torch
+
+        return torch.full_like(counts, max(self.recent, self.window))
+
+    def refuses(self, module: Any) -> Problem | None:
+        """Why the method cannot work with an attention module; None where it can."""
+        return None
+
+    def protected(self, tokens: StoredTokens) -> Tensor:
+        """Which of the tokens that are scored stay whatever their score, [batch, key heads or 1, stored], bool."""
+        from tokenwise.policies.eviction import protected
+
+        recent = self.last(tokens.notes["counts"])
+        return protected(tokens.positions, tokens.pads, tokens.seen, self.sink, recent)
 
     def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
         """Look at an attention call, after the new tokens are stored: the place to note something in ``tokens.tracks``
         or ``tokens.notes``."""
+        if "received" in self.reads:
+            tokens.accumulate("received", tokens.received(call))
+
+    def repetitions(self, ids: Tensor, real: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is read once more behind the prompt and then forgotten, where the method reads ``repetition``.
+
+        Args:
+            ids: of the tokens not yet repeated, [batch, tokens], int64.
+            real: which count, in each row the first ones, [batch, tokens], bool.
+
+        Yields:
+            The ids of each further pass, and the place in `ids` that each repeats, both [batch, queries], int64; -1 for
+            what repeats none, -2 for padding, behind all others.
+        """
+        raise NotImplementedError
+
+    def key_channels(self, tokens: StoredTokens) -> Tensor | None:
+        """Which channels of the keys stay, [batch, key heads, kept], int64, rising; None for all.
+
+        Asked once, after the first prompt has been scored and before anything is evicted.
+        """
+        return None
 
     @abstractmethod
     def score(self, tokens: StoredTokens) -> Tensor:
-        """How much each stored token matters, [batch, key heads or 1, stored]; larger stays."""
+        """How much each stored token matters, [batch, key heads or 1, stored]; larger stays, -inf never does."""
+
+
+class CacheSelector(CacheMethod):
+    """Stores all tokens, and reads those at each step that matter to its query: nothing is lost, and less is read.
+
+    A subclass says which (`select`); that the attention is given these alone is done here for all. A prompt is read
+    with full attention, or its later parts are, too, where `parts` says so.
+    """
+
+    mode: ClassVar[Literal["evict", "select"]] = "select"
+    parts: ClassVar[bool] = False
+    """Whether parts of a prompt that follow others are read with a selection, too, and not generated tokens alone."""
+
+    keep: Keep = 0.25
+    """What is read of the tokens seen, in each layer and head that selects."""
+    sink: Annotated[int, Field(ge=0)] = 0
+    """Tokens at the beginning that are always read, within the budget."""
+    recent: Annotated[int, Field(ge=0)] = 0
+    """Tokens at the end that are always read, within the budget."""
+
+    def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
+        """Look at an attention call, after the new tokens are stored: the place to note something in
+        ``tokens.notes``."""
+
+    @abstractmethod
+    def select(self, tokens: StoredTokens, call: AttentionCall) -> Tensor | None:
+        """Which of the stored tokens this call reads, those of the call itself among them.
+
+        Returns:
+            Their places, [batch, key heads or 1, read], int64, rising; None where it reads all. Where a batch is
+            padded, rows may read different numbers: -1 fills up and stands first.
+        """

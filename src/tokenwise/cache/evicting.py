@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tokenwise.cache.base import CachePolicy, StoredTokens
 from tokenwise.errors import InputError, Problem
@@ -18,10 +18,18 @@ from tokenwise.method import Handle
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.ragged_kv import RaggedLayer
 from tokenwise.models.rotary import Rotary, find_rotary
-from tokenwise.models.selective_kv import SelectiveLayer
+from tokenwise.models.selective_kv import SelectiveLayer, take_channels, take_heads
 from tokenwise.models.tap import AttentionCall, listen
+from tokenwise.models.tiered_kv import TieredLayer
 from tokenwise.policies.budget import kept_count
-from tokenwise.policies.eviction import best_of_all, best_of_each_head, protected, pyramid_counts, worst_of_each_head
+from tokenwise.policies.eviction import (
+    best_of_all,
+    best_of_each_head,
+    pyramid_counts,
+    tier_counts,
+    worst_of_each_head,
+)
+from tokenwise.signals.packing import packed_nbytes
 
 
 class EvictingCache(Cache, Handle):
@@ -53,8 +61,16 @@ class EvictingCache(Cache, Handle):
         self._calls: dict[int, tuple[float, float | None, int]] = {}
         self._pending: dict[int, Tensor] = {}
         self._evicted_at: dict[int, int] = {}
+        self._observed_at: dict[int, int] = {}
+        self._earlier: dict[str, Tensor] = {}
         self._held = False
         self._ended = False
+        self._repeats = "repetition" in method.reads and (masked or method.keep != 1.0)
+        self._narrows = type(method).key_channels is not CachePolicy.key_channels
+        self._again: Tensor | None = None
+        self._idle = not masked and method.keep == 1.0 and method.dense_at_full
+        self._key_width = 0
+        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
         self._rotary: Rotary | None = None
         self._check(model)
         mine = weakref.ref(self)
@@ -65,10 +81,15 @@ class EvictingCache(Cache, Handle):
         inner = whole.get_decoder() if hasattr(model, "get_decoder") else model
         hook = inner.register_forward_pre_hook(_beginner(mine), with_kwargs=True)
         self.on_undo(hook.remove)
+        if self._repeats:
+            self.on_undo(model.register_forward_pre_hook(_checker(mine), with_kwargs=True).remove)
+            self.on_undo(model.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
         weakref.finalize(self, self._undos.close)
 
     def _check(self, model: nn.Module) -> None:
-        method, name, problems = self.method, type(self.method).__name__, []
+        method, name = self.method, type(self.method).__name__
+        refusals = (method.refuses(attention) for attention in self._attentions.values())
+        problems = [problem for problem in refusals if problem is not None][:1]
         if not self._places:
             problems.append(
                 Problem(
@@ -102,10 +123,44 @@ class EvictingCache(Cache, Handle):
                         "Keep more.",
                     )
                 )
-        if method.positions == "compact" and not problems:
-            self._rotary = find_rotary(model, self._attentions[self._places[0]])
+        if self._repeats and (
+            getattr(model.config, "vision_config", None) is not None
+            or any(
+                index not in self._attentions and not isinstance(layer, DynamicSlidingWindowLayer)
+                for index, layer in enumerate(self.layers)
+            )
+        ):
+            problems.append(
+                Problem(
+                    "model",
+                    f"{name} reads the prompt's tokens a second time and forgets that it did; images, and layers "
+                    "with a state, do not allow it.",
+                    "Use a method such as snap_kv.",
+                )
+            )
+        if method.bits is not None:
+            problems += _tier_problems(method, self.masked)
+        if self._narrows and any("flash" in each.config._attn_implementation for each in self._attentions.values()):
+            problems.append(
+                Problem(
+                    "model",
+                    f"{name} stores keys with fewer channels than values have, which flash attention cannot read.",
+                    "Load the model with attn_implementation='sdpa'.",
+                )
+            )
         if problems:
             raise InputError(problems)
+        attention = self._attentions[self._places[0]]
+        if method.positions == "compact":
+            self._rotary = find_rotary(model, attention)
+        elif "rotary" in method.reads:
+            use = f"{name} reads queries as they were before they were turned"
+            self._rotary = find_rotary(model, attention, "method", use, "Use a method such as snap_kv.")
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The layers whose cache is evicted from, by their index in the model."""
+        return tuple(self._places)
 
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take, of layers with a window, too."""
@@ -143,6 +198,17 @@ class EvictingCache(Cache, Handle):
         finally:
             self._held = False
 
+    def _evict_from_all(self) -> None:
+        first = self._selective(self._places[0])
+        enough = bool((self._counts(first) >= first.notes["counted"]).all())
+        if enough and self.method.dense_at_full and not self.masked:
+            return
+        if self._repeats and "unrepeated" in first.notes:
+            self._repeat(first)
+        for index in self._places:
+            self._evict(index)
+        self._note_sizes()
+
     def with_keep(self, keep: float | str) -> EvictingCache:
         """The cache as it would be with another budget; keys and values are shared, not copied.
 
@@ -159,13 +225,14 @@ class EvictingCache(Cache, Handle):
         other = EvictingCache(self.model, self.method.replace(keep=keep), masked=True)
         for index, layer in enumerate(self.layers):
             other.layers[index] = _shared(layer)
-        other._calls = dict(self._calls)
-        scores = {index: self._selective(index).tracks["score"] for index in self._places}
-        other._keep_best(scores)
+        other._calls, other._observed_at = dict(self._calls), dict(self._observed_at)
+        # What is protected, and some scores, depend on the budget.
+        for index in self._places:
+            other._evict(index)
         return other
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
-        if self._ended and layer_idx in self._attentions and self._thinned(self._selective(layer_idx)):
+        if self._ended and layer_idx in self._attentions and self._changed(self._selective(layer_idx)):
             raise InputError(
                 Problem(
                     "past_key_values",
@@ -173,6 +240,8 @@ class EvictingCache(Cache, Handle):
                     "Begin with a new one, or undo it when you are through.",
                 )
             )
+        if layer_idx in self._attentions:
+            key_states = self._narrowed(self._selective(layer_idx), key_states)
         return super().update(key_states, value_states, layer_idx, *args, **options)
 
     def undo(self) -> None:
@@ -182,10 +251,11 @@ class EvictingCache(Cache, Handle):
     def reset(self) -> None:
         super().reset()
         for index in self._places:
-            if isinstance(self.layers[index], RaggedLayer):
+            if isinstance(self.layers[index], RaggedLayer | TieredLayer):
                 self.layers[index] = SelectiveLayer()
         self._pending.clear()
         self._evicted_at.clear()
+        self._observed_at.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         # Of a pass that broke off, some layers have seen the tokens and others have not.
@@ -197,7 +267,7 @@ class EvictingCache(Cache, Handle):
         return layer
 
     def _thinned(self, layer: SelectiveLayer) -> bool:
-        return layer.stored != layer.seen or layer.real is not None
+        return layer.stored != layer.seen or layer.real is not None or isinstance(layer, TieredLayer)
 
     def _begin(self, tokens: int) -> None:
         """Before a pass of so many tokens through the model."""
@@ -208,9 +278,32 @@ class EvictingCache(Cache, Handle):
     @torch.no_grad()
     def _release(self) -> None:
         self._held = False
-        for index in self._places:
-            if self._selective(index).seen:
-                self._evict(index)
+        if self._selective(self._places[0]).seen:
+            self._evict_from_all()
+
+    def _changed(self, layer: SelectiveLayer) -> bool:
+        return self._thinned(layer) or "channels" in layer.notes
+
+    def _narrowed(self, layer: SelectiveLayer, states: Tensor) -> Tensor:
+        """Queries or keys with the channels that the layer's keys have."""
+        channels = layer.notes.get("channels")
+        if channels is None:
+            return states
+        if self.masked:
+            shown = torch.zeros(*channels.shape[:2], 1, states.shape[3], dtype=torch.bool, device=states.device)
+            shown.scatter_(3, channels.unsqueeze(2), True)
+            return states * shown.repeat_interleave(states.shape[1] // channels.shape[1], 1)
+        return take_channels(states, channels)
+
+    def _narrow(self, index: int, layer: SelectiveLayer) -> None:
+        """Drop the channels of the keys that the method does not keep."""
+        channels = self.method.key_channels(self._tokens(index, layer))
+        if channels is not None:
+            assert layer.keys is not None
+            layer.notes["channels"], self._key_width = channels, layer.keys.shape[3]
+            layer.replace_keys(self._narrowed(layer, layer.keys))
+            if "queries" in layer.notes:
+                layer.notes["queries"] = self._narrowed(layer, layer.notes["queries"])
 
     def _repair(self) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
@@ -236,10 +329,13 @@ class EvictingCache(Cache, Handle):
             return
         method, tokens, whole = self.method, call.query.shape[2], call.mask
         reading = tokens > 1 or layer.seen == tokens
-        if reading:
+        if self._again is not None:
+            pass
+        elif reading:
             self._note_padding(layer, call, whole)
         else:
             layer.notes["counted"] = layer.notes["counted"] + tokens
+        call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
             call.answer = layer.attend(call, whole)
         elif self._thinned(layer):
@@ -247,7 +343,10 @@ class EvictingCache(Cache, Handle):
             if mask is not None and mask.shape[1] > 1:
                 mask = mask.repeat_interleave(call.query.shape[1] // mask.shape[1], 1)
             call.mask = mask
-        if (method.keep == 1.0 and not self.masked) or (not reading and method.interval is None):
+        if self._idle or (not reading and method.interval is None):
+            return
+        if self._again is not None:
+            self._attended_again(index, layer, call, whole)
             return
         self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
         call.after.append(lambda: self._computed(index, call, whole, reading))
@@ -258,15 +357,92 @@ class EvictingCache(Cache, Handle):
         layer, method = self._selective(index), self.method
         self._observe(index, layer, call, whole)
         since = layer.seen - self._evicted_at.get(index, 0)
-        if not self._held and (reading or (method.interval is not None and since >= method.interval)):
+        due = reading or (method.interval is not None and since >= method.interval)
+        if due and not self._held and not self._repeats:
             self._evict(index)
         if index == self._places[-1]:
-            self.stats.update(
-                tokens_seen=layer.seen,
-                tokens_stored=self._mean_stored(),
-                bytes=self.nbytes(),
-                full_bytes=self._full_bytes(),
+            self._note_sizes()
+
+    def _note_sizes(self) -> None:
+        self.stats.update(
+            tokens_seen=self.get_seq_length(),
+            tokens_stored=self._mean_stored(),
+            bytes=self.nbytes(),
+            full_bytes=self.full_nbytes(),
+        )
+
+    def _prompt_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+        """Ids and mask of a pass of the model with this cache, where the prompt is to be repeated."""
+        if not self._repeats or self._again is not None:
+            return None
+        if not any(value is self for value in (*args, *options.values())):
+            return None
+        ids, mask = (options.get(name) for name in ("input_ids", "attention_mask"))
+        ids = args[0] if ids is None and args else ids
+        if not isinstance(ids, Tensor) or (mask is not None and getattr(mask, "ndim", 0) != 2):
+            raise InputError(
+                Problem(
+                    "input_ids",
+                    f"{type(self.method).__name__} reads the prompt a second time: it needs the tokens' ids, and a "
+                    "mask of [batch, tokens], if any.",
+                    "Pass input_ids, or use a method such as snap_kv.",
+                )
             )
+        return ids, mask
+
+    def _has_read(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """After a pass of the model."""
+        prompt = self._prompt_of(args, options)
+        if prompt is None:
+            return
+        (ids, mask), places = prompt, options.get("position_ids")
+        first = self._selective(self._places[0])
+        before = first.notes.get("unrepeated")
+        first.notes["unrepeated"] = ids if before is None else torch.cat([before, ids], 1)
+        self._last = (mask, None if places is None else places[..., -1:])
+        if not self._held and (ids.shape[1] > 1 or first.seen == 1):
+            with torch.no_grad():
+                self._evict_from_all()
+
+    def _repeat(self, first: SelectiveLayer) -> None:
+        """Read the tokens that have not been a second time, for the method to look on."""
+        ids, seen, (mask, place) = first.notes["unrepeated"], first.seen, self._last
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
+        # In each row what counts is moved to the front.
+        order = (~real).long().argsort(dim=1, stable=True)
+        columns = seen - ids.shape[1] + order
+        inner: Any = getattr(self.model, "base_model", self.model)
+        windows = {index: layer for index, layer in enumerate(self.layers) if index not in self._attentions}
+        try:
+            for more, repeats in self.method.repetitions(ids.gather(1, order), real.gather(1, order)):
+                for index, layer in windows.items():
+                    self.layers[index] = copy.copy(layer)
+                self._again = torch.where(repeats < 0, repeats, columns.gather(1, repeats.clamp_min(0)))
+                options: dict[str, Tensor] = {}
+                if mask is not None:
+                    options["attention_mask"] = torch.cat([mask, (repeats > -2).to(mask.dtype)], 1)
+                if place is not None:
+                    options["position_ids"] = place + 1 + torch.arange(more.shape[1], device=more.device)
+                inner(input_ids=more, past_key_values=self, use_cache=True, **options)
+        finally:
+            self._again = None
+            for index, layer in windows.items():
+                self.layers[index] = layer
+        del first.notes["unrepeated"]
+
+    def _attended_again(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
+        """Let the method look at the attention of a repetition, and forget its tokens."""
+        assert self._again is not None
+        even, tokens = layer, call.query.shape[2]
+        with torch.no_grad():
+            layer.notes["repeats"] = self._again
+            if isinstance(layer, RaggedLayer):
+                even, call = layer.padded(), layer.padded_call(call, whole)
+            self.method.observe(self._tokens(index, even), call)
+            if isinstance(layer, RaggedLayer):
+                layer.set_tracks(even.tracks)
+            del layer.notes["repeats"]
+            layer.take_back(layer.seen - tokens)
 
     def _note_padding(self, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         """Count the padding of each row."""
@@ -290,22 +466,17 @@ class EvictingCache(Cache, Handle):
     def _observe(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         method = self.method
         if method.window:
-            before = layer.notes.get("queries")
+            # Queries of generated tokens may not have been read: what stood before them is no longer among the last.
+            follows = self._observed_at.get(index) == layer.seen - call.query.shape[2]
+            before = layer.notes.get("queries") if follows else None
             queries = call.query[:, :, -method.window :]
             if before is not None:
                 queries = torch.cat([before, queries], 2)[:, :, -method.window :]
             layer.notes["queries"] = queries.clone() if queries.shape[2] < call.query.shape[2] else queries
+        self._observed_at[index] = layer.seen
         even = layer
         if isinstance(layer, RaggedLayer):
             even, call = layer.padded(), layer.padded_call(call, whole)
-        if "received" in method.reads:
-            tokens = call.query.shape[2]
-            shown = layer.notes.get("shown")
-            valid = None if shown is None else shown[:, -tokens:]
-            count = tokens if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
-            found = (call.columns(valid) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
-            before = even.tracks.get("received")
-            even.tracks["received"] = found if before is None else before + found
         method.observe(self._tokens(index, even), call)
         if isinstance(layer, RaggedLayer):
             layer.set_tracks(even.tracks)
@@ -337,6 +508,8 @@ class EvictingCache(Cache, Handle):
             self._attentions[index],
             layer.tracks,
             layer.notes,
+            rotary=self._rotary,
+            earlier=self._earlier,
         )
 
     def _evict(self, index: int) -> None:
@@ -344,15 +517,31 @@ class EvictingCache(Cache, Handle):
         layer = self._selective(index)
         self._evicted_at[index] = layer.seen
         counts = self._counts(layer)
-        if not self.masked and bool((counts >= layer.notes["counted"]).all()):
+        if index == self._places[0]:
+            self._earlier = {}
+        if self.method.dense_at_full and not self.masked and bool((counts >= layer.notes["counted"]).all()):
             return
+        if self.method.allocate == "pyramid":
+            counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
+        layer.notes["counts"] = counts
+        if not layer.rising and bool((counts != layer.stored - 1).any()):
+            # Of equal scores the first stay.
+            layer.sort()
         self._pending[index] = self._scores(index, layer)
+        if self._narrows and "channels" not in layer.notes:
+            self._narrow(index, layer)
         if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
             scores, self._pending = self._pending, {}
             self._keep_best(scores)
+        if "earlier" in self.method.reads:
+            self._earlier["kept"] = self.kept(index).any(1)
+        if index == self._places[-1]:
+            self._earlier = {}
 
     def _scores(self, index: int, layer: SelectiveLayer) -> Tensor:
         """The method's scores, with what is protected above and what does not count below all others."""
+        # Scores are of tokens in the order of their positions.
+        layer = layer.whole() if isinstance(layer, TieredLayer) else layer
         method, even = self.method, layer
         if self.masked and layer.real is not None:
             # A method sees what it would if the hidden ones were gone.
@@ -363,8 +552,7 @@ class EvictingCache(Cache, Handle):
             raise FloatingPointError(f"{type(method).__name__} gives NaN as a score in layer {index}")
         heads = max(scores.shape[1], tokens.positions.shape[1])
         scores = scores.expand(-1, heads, -1)
-        safe = protected(tokens.positions, tokens.pads, tokens.seen, method.sink, max(method.recent, method.window))
-        scores = scores.masked_fill(safe, float("inf"))
+        scores = scores.masked_fill(method.protected(tokens), float("inf"))
         if tokens.real is not None:
             scores = scores.masked_fill(~tokens.real, float("-inf"))
         if even is not layer:
@@ -372,8 +560,6 @@ class EvictingCache(Cache, Handle):
             places = even.tracks["place"].masked_fill(~tokens.real, layer.stored)
             found = scores.new_full((*places.shape[:2], layer.stored + 1), float("-inf"))
             scores = found.scatter_(2, places, scores)[..., : layer.stored]
-        if self.masked:
-            layer.tracks["score"] = scores
         return scores
 
     def _keep_best(self, scores: dict[int, Tensor]) -> None:
@@ -383,7 +569,7 @@ class EvictingCache(Cache, Handle):
             self._selective(index).notes.pop("shown", None)
         if method.allocate == "layers_and_heads":
             layers = [self._selective(index) for index in scores]
-            counts = self._counts(layers[0])
+            counts = layers[0].notes["counts"]
             # Where all heads scored alike each still stores its own.
             whole = [
                 score.expand(-1, layer.key_heads, -1) for score, layer in zip(scores.values(), layers, strict=True)
@@ -395,14 +581,15 @@ class EvictingCache(Cache, Handle):
             return
         for index, score in scores.items():
             layer = self._selective(index)
-            counts = self._counts(layer)
+            counts = layer.notes["counts"]
             if method.allocate == "heads":
                 score = score.expand(-1, layer.key_heads, -1)
                 floors = (counts * method.floor).long().clamp_min(1)
                 self._keep_ragged(index, best_of_all([score], counts * layer.key_heads, floors)[0])
                 continue
-            if method.allocate == "pyramid":
-                counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
+            if method.bits is not None:
+                self._keep_tiers(index, score, counts)
+                continue
             counts = counts.minimum((score > float("-inf")).sum(2).amin(1))
             if bool((counts == layer.stored).all()) or self._drops_one(layer, score, counts):
                 continue
@@ -422,8 +609,8 @@ class EvictingCache(Cache, Handle):
         even = not isinstance(layer, RaggedLayer) and layer.real is None and not self.masked
         if self.method.ordered or not even or bool((counts != layer.stored - 1).any()):
             return False
-        gone = worst_of_each_head(score)
         assert layer.positions is not None
+        gone = worst_of_each_head(score, layer.positions)
         if self._rotary is not None:
             assert layer.keys is not None
             heads = max(layer.positions.shape[1], gone.shape[1])
@@ -436,11 +623,37 @@ class EvictingCache(Cache, Handle):
         layer.drop(gone)
         return True
 
+    def _keep_tiers(self, index: int, score: Tensor, counts: Tensor) -> None:
+        """Let a layer keep exact tokens, and others in few bits, in the bytes of `counts` exact ones, [batch]."""
+        method, layer = self.method, self._even(index)
+        assert method.bits is not None
+        assert layer.keys is not None
+        assert layer.values is not None
+        widths = [values.shape[3] for values in (layer.keys, layer.values)]
+        sizes = sum(widths) * layer.keys.element_size(), sum(packed_nbytes(width, method.bits) for width in widths)
+        available = (score > float("-inf")).sum(2).amin(1).tolist()
+        limits = counts.tolist()
+        if isinstance(method.keep, str) and method.keep.endswith("bytes"):
+            # The memory is that of the batch, where each row takes as much as the longest.
+            limits, available = [max(limits)] * len(limits), [max(available)] * len(limits)
+        rows = [
+            tier_counts(limit, there, method.exact, method.protects, *sizes)
+            for limit, there in zip(limits, available, strict=True)
+        ]
+        exact, stored = torch.tensor(rows, device=score.device).unbind(1)
+        places, real = best_of_each_head(score, stored.minimum((score > float("-inf")).sum(2).amin(1)))
+        found = take_heads(score, places)
+        if real is not None:
+            found = found.masked_fill(~real, float("-inf"))
+        rank = found.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+        layer.keep(places, real)
+        self.layers[index] = TieredLayer.of(layer, rank < exact.view(-1, 1, 1), method.bits)
+
     def _pyramid(self, counts: Tensor, counted: Tensor, place: int) -> Tensor:
         rows = []
         for count, available in zip(counts.tolist(), counted.tolist(), strict=True):
             method = self.method
-            rows.append(pyramid_counts(count, available, len(self._places), method.window, method.beta)[place])
+            rows.append(pyramid_counts(count, available, len(self._places), method.protects, method.beta)[place])
         return torch.tensor(rows, device=counts.device)
 
     def _even(self, index: int) -> SelectiveLayer:
@@ -448,6 +661,9 @@ class EvictingCache(Cache, Handle):
         layer = self._selective(index)
         if isinstance(layer, RaggedLayer):
             layer = layer.padded()
+            self.layers[index] = layer
+        elif isinstance(layer, TieredLayer):
+            layer = layer.whole()
             self.layers[index] = layer
         return layer
 
@@ -466,8 +682,9 @@ class EvictingCache(Cache, Handle):
         Keys move towards the next token rather than the next token towards them: a rotary embedding knows distances
         alone, and the model goes on counting as it does.
         """
-        if self._rotary is None:
+        if self.method.positions != "compact":
             return
+        assert self._rotary is not None
         assert layer.keys is not None
         assert layer.positions is not None
         real = layer.real if shown is None else shown
@@ -515,14 +732,36 @@ class EvictingCache(Cache, Handle):
         sizes = [self._selective(index).mean_stored() for index in self._places if self._selective(index).seen]
         return sum(sizes) / max(len(sizes), 1)
 
-    def _full_bytes(self) -> int:
+    def full_nbytes(self) -> int:
+        """Bytes that a cache of all tokens seen would take."""
         full = 0
         for index, layer in enumerate(self.layers):
             if index not in self._attentions:
                 full += _nbytes(layer)
             elif layer.seen:
                 full += layer.token_nbytes * layer.seen
+                channels = layer.notes.get("channels")
+                if channels is not None and not self.masked:
+                    dropped = self._key_width - channels.shape[2]
+                    full += channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize * layer.seen
         return full
+
+
+def _tier_problems(method: CachePolicy, masked: bool) -> list[Problem]:
+    """Why a method cannot store a tier in few bits."""
+    field, problems = f"{type(method).__name__}.bits", []
+    if method.allocate in ("heads", "layers_and_heads"):
+        message = f"heads share a budget (allocate {method.allocate!r}), and tiers are those of each head."
+        problems.append(Problem(field, message, "Use allocate 'evenly' or 'pyramid'."))
+    if method.positions == "compact":
+        problems.append(
+            Problem(field, "packed keys are not turned (positions 'compact').", "Use positions='original'.")
+        )
+    if masked:
+        problems.append(
+            Problem(field, "a masked cache stores all tokens exactly.", "Leave masked=False, or bits=None.")
+        )
+    return problems
 
 
 def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
@@ -530,6 +769,9 @@ def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
         found = cache()
         if found is not None:
             found._attended(index, call)
+            layer = found.layers[index]
+            if isinstance(layer, TieredLayer):
+                call.after.append(layer.release)
 
     return hear
 
@@ -542,6 +784,24 @@ def _beginner(cache: weakref.ref[EvictingCache]) -> Any:
             found._begin(next((tokens.shape[1] for tokens in given if tokens is not None), 0))
 
     return begin
+
+
+def _checker(cache: weakref.ref[EvictingCache]) -> Any:
+    def begin(module: nn.Module, args: Any, options: Any) -> None:
+        found = cache()
+        if found is not None:
+            found._prompt_of(args, options)
+
+    return begin
+
+
+def _repeater(cache: weakref.ref[EvictingCache]) -> Any:
+    def repeat(module: nn.Module, args: Any, options: Any, output: Any) -> None:
+        found = cache()
+        if found is not None:
+            found._has_read(args, options)
+
+    return repeat
 
 
 def _layers(model: nn.Module) -> list[Any]:

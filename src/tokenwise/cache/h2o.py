@@ -30,10 +30,15 @@ class H2O(CachePolicy):
     reads: ClassVar[frozenset[str]] = frozenset({"received"})
     ordered: ClassVar[bool] = False
 
-    recent: Annotated[int, Field(ge=0)] = 32
-    """Tokens at the end that stay, within the budget."""
+    recent_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the budget, less `sink`, that goes to the tokens at the end; `recent` of them stay at least."""
     interval: Annotated[int, Field(ge=1)] | None = 1
     """Evict while generating, too, every so many tokens; None: only when a prompt, or a part of one, has been read."""
+
+    def last(self, counts: Tensor) -> Tensor:
+        # A share such as 0.29 of 100 must not come out just below 29.
+        share = ((counts - self.sink).double() * self.recent_share + 1e-9).long()
+        return super().last(counts).maximum(share)
 
     def score(self, tokens: StoredTokens) -> Tensor:
         return tokens.tracks["received"]

@@ -22,7 +22,7 @@ class KNorm(CachePolicy):
             venue="EMNLP 2024",
         ),
         status="VERIFIED",
-        checked="the formula in fp64",
+        checked="the numbers of kvpress 0.5.5",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"keys"})

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenwise.cli.method_fields import add_fields, read_fields
-from tokenwise.errors import InputError, Problem, missing_file
+from tokenwise.cli.text_argument import read_text
+from tokenwise.errors import InputError, Problem
+from tokenwise.models.token_text import token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(Problem("TEXT", "either a text, --chat or --data is needed, and not more than one of them."))
     if options.data is not None:
         return _run_examples(options)
-    source = _read_text(options.text) if options.chat is None else _read_row(options.chat)
+    source = read_text(options.text, "TEXT") if options.chat is None else _read_row(options.chat)
     rules = None if options.rules is None else _read_rules(options.rules)
     fields = read_fields(options.fields)
 
@@ -127,17 +128,6 @@ def _run_examples(options: argparse.Namespace) -> int:
         write_examples(options.html, view)
         console.print(f"Page: {options.html}", markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-def _read_text(argument: str) -> str:
-    if argument == "-":
-        return sys.stdin.read()
-    if argument.startswith("@"):
-        path = Path(argument[1:])
-        if not path.is_file():
-            raise InputError(missing_file("TEXT", path))
-        return path.read_text(encoding="utf-8")
-    return argument
 
 
 def _read_row(path: Path) -> dict[str, Any]:
@@ -364,17 +354,3 @@ def _rendered(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     except Exception as error:  # templates raise errors of many kinds of their own
         message = f"the chat template refuses the row ({' '.join(str(error).split())})."
         raise InputError(Problem("--chat", message)) from error
-
-
-def token_texts(text: str, offsets: list[tuple[int, int]], names: list[str]) -> list[str]:
-    """The piece of the text that each token stands for; joined they give the text, special tokens apart.
-
-    What lies between two tokens goes to the later one. A character that several tokens share goes to the first of
-    them; the others show a dot. A special token shows its name.
-    """
-    pieces = []
-    position = 0
-    for (start, end), name in zip(offsets, names, strict=True):
-        pieces.append(text[position:end] or (name if start == end else "·"))
-        position = max(position, end)
-    return pieces

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import tokenwise
-from tokenwise.cli import compare, explain, methods, reduce, score, unlearn
+from tokenwise.cli import compare, evict, explain, methods, reduce, score, unlearn
 from tokenwise.errors import InputError
 
 _DESCRIPTION = "Score what matters in a transformer's work, spend a budget on it, and compare the methods that do so."
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tokenwise", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"tokenwise {tokenwise.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (methods, compare, reduce, score, explain, unlearn):
+    for module in (methods, compare, reduce, evict, score, explain, unlearn):
         module.add_parser(commands)
     return parser
 

@@ -91,10 +91,15 @@ def _mean(values: Sequence[float | None]) -> str:
 
 def print_view(console: Console, view: TokenView) -> None:
     """Print in colour where the console has colours, as one line of numbers per token where it has none."""
-    if console.color_system is None or console.no_color:
-        _print_numbers(console, view)
-    else:
+    if has_colours(console):
         _print_colours(console, view)
+    else:
+        _print_numbers(console, view)
+
+
+def has_colours(console: Console) -> bool:
+    """Whether colours would be seen."""
+    return console.color_system is not None and not console.no_color
 
 
 def _print_numbers(console: Console, view: TokenView) -> None:
@@ -117,13 +122,20 @@ def _print_colours(console: Console, view: TokenView) -> None:
 
     console.print(Text(view.title, "bold"))
     console.print()
-    text = Text(overflow="fold")
-    for token, weight in zip(view.tokens, view.weights, strict=True):
-        text.append(token.replace("\n", "↵\n"), _style(view, weight))
-    console.print(text)
+    console.print(coloured(view.tokens, [_style(view, weight) for weight in view.weights]))
     console.print()
     console.print(_legend(view))
     console.print(view.summary(), highlight=False)
+
+
+def coloured(tokens: Sequence[str], styles: Sequence[str]) -> Text:
+    """A text, each token in its style."""
+    from rich.text import Text
+
+    text = Text(overflow="fold")
+    for token, style in zip(tokens, styles, strict=True):
+        text.append(token.replace("\n", "↵\n"), style)
+    return text
 
 
 def _legend(view: TokenView) -> Text:

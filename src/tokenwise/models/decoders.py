@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.vision_language import LAYOUTS, VisionLanguageModel, vision_language_model
@@ -124,3 +124,17 @@ def cached_attentions(model: Any) -> dict[int, nn.Module]:
             )
         )
     return found
+
+
+def output_projection(module: Any) -> Tensor | None:
+    """The weight that leads from what the heads of an attention module give to the hidden states.
+
+    Returns:
+        [heads * value_dim, hidden]; None where the module has none of a known name, or a quantized one.
+    """
+    for name in ("o_proj", "out_proj", "dense"):
+        layer = getattr(module, name, None)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+            return weight.T
+    return None

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenwise.models.selective_kv import SelectiveLayer
+from tokenwise.models.selective_kv import SelectiveLayer, spare_places
 from tokenwise.models.tap import AttentionCall
-
-_SLACK = 64
-"""Places for new tokens that a head is given when its own are full: all heads are copied then."""
 
 
 class RaggedLayer(SelectiveLayer):
@@ -172,7 +169,7 @@ class RaggedLayer(SelectiveLayer):
         return index.to(self.flat_keys.device), real.to(self.flat_keys.device)
 
     def _make_room(self, tokens: int) -> None:
-        room = self.lengths + tokens + _SLACK
+        room = self.lengths + tokens + spare_places(self.stored)
         starts = room.flatten().cumsum(0) - room.flatten()
         old = self.room.flatten().cumsum(0) - self.room.flatten()
         lengths = self.lengths.flatten()

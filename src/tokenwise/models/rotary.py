@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,36 +12,8 @@ from torch import Tensor, nn
 
 from tokenwise.errors import InputError, Problem
 
-
-@dataclass(frozen=True)
-class Turn:
-    """A turn by some positions.
-
-    Args:
-        cos: of the angle of each pair of channels, [..., pairs], fp32.
-        sin: likewise.
-        interleaved: whether a pair lies side by side; else half the channels apart.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool
-
-    def __call__(self, keys: Tensor) -> Tensor:
-        """`keys` ([..., head_dim], to whose other dimensions those of the angles broadcast) turned, in their type.
-
-        The same to the bit where the angle is 0; channels beyond the pairs are not turned.
-        """
-        cos, sin, pairs = self.cos, self.sin, self.cos.shape[-1]
-        rows = keys.float()
-        turned, rest = rows[..., : 2 * pairs], rows[..., 2 * pairs :]
-        if self.interleaved:
-            first, second = turned[..., ::2], turned[..., 1::2]
-            both = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
-        else:
-            first, second = turned[..., :pairs], turned[..., pairs:]
-            both = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-        return torch.cat([both, rest], -1).to(keys.dtype)
+Turn = Callable[[Tensor], Tensor]
+"""Makes of keys those that stand some positions further."""
 
 
 @dataclass(frozen=True)
@@ -70,42 +43,84 @@ class Rotary:
         if not bool(moved.any()):
             return keys
         new = keys if in_place else keys.clone()
-        new[moved] = self.by(steps.expand(*keys.shape[:3])[moved])(keys[moved])
+        new[moved] = self._turned(keys[moved], *self._angles(steps.expand(*keys.shape[:3])[moved])).to(keys.dtype)
         return new
 
     def by(self, steps: Tensor) -> Turn:
-        """The turn by `steps` positions, to be applied more than once; [...], int64."""
+        """The turn by `steps` positions ([...], int64), to be applied to several tensors of keys [..., head_dim] to
+        which they broadcast; the same to the bit where steps is 0."""
+        cos, sin = self._angles(steps)
+        return lambda keys: self._turned(keys, cos, sin).to(keys.dtype)
+
+    def turn_back(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """Queries as they were before they were turned.
+
+        Args:
+            queries: [batch, heads, tokens, head_dim], as the model turned them.
+            positions: where they stand, [tokens], int64.
+
+        Returns:
+            [batch, heads, tokens, head_dim], fp32.
+        """
+        return self._turned(queries, *self._angles(-positions))
+
+    def mean_turn(self, positions: Tensor, width: int) -> Tensor:
+        """The mean of the turns to `positions` ([any], int64).
+
+        Returns:
+            [width, width], fp32, to be multiplied with from the right by rows of `width` channels.
+        """
+        cos, sin = self._angles(positions)
+        return self._turned(torch.eye(width, device=positions.device), cos.mean(0), sin.mean(0))
+
+    def _angles(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         angle = steps.unsqueeze(-1) * self.frequencies.to(steps.device)
-        return Turn(angle.cos(), angle.sin(), self.interleaved)
+        return angle.cos(), angle.sin()
+
+    def _turned(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        pairs, rows = len(self.frequencies), rows.float()
+        turned, rest = rows[..., : 2 * pairs], rows[..., 2 * pairs :]
+        if self.interleaved:
+            first, second = turned[..., ::2], turned[..., 1::2]
+            both = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+        else:
+            first, second = turned[..., :pairs], turned[..., pairs:]
+            both = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return torch.cat([both, rest], -1)
 
 
 def find_rotary(
     model: nn.Module,
     attention: nn.Module,
-    asked: tuple[str, str, str] = ("positions", "'compact'", "Leave positions='original'."),
+    field: str = "positions",
+    use: str = "'compact' turns cached keys",
+    fix: str = "Leave positions='original'.",
 ) -> Rotary:
     """How `model` turns the keys of `attention`.
 
     Args:
-        model: with the rotary embedding.
-        attention: one of its attention modules.
-        asked: what the user asked for, for the message of an error: its field, what turns cached keys, and the fix.
+        field, use, fix: what a refusal names, why it is needed, and the way out.
 
     Raises:
         InputError: when it has no rotary embedding of a known kind, or one that changes with the length.
     """
 
     def refuse(why: str) -> InputError:
-        return InputError(Problem(asked[0], f"{asked[1]} turns cached keys, and {why}.", asked[2]))
+        return InputError(Problem(field, f"{use}, and {why}.", fix))
 
-    modules: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    # Where layers of several types turn keys differently each has its frequencies.
+    typed = f"{getattr(attention, 'layer_type', None)}_inv_freq"
+    name = typed if any(isinstance(getattr(module, typed, None), Tensor) for module in model.modules()) else "inv_freq"
+    modules: list[Any] = [module for module in model.modules() if isinstance(getattr(module, name, None), Tensor)]
     rotate = vars(sys.modules[type(attention).__module__]).get("rotate_half")
     if len(modules) != 1 or rotate is None:
         raise refuse(f"{type(model).__name__} has {len(modules)} rotary embeddings of a known kind, not one")
     kind = getattr(modules[0], "rope_type", "default")
+    if isinstance(kind, dict):
+        kind = kind[getattr(attention, "layer_type", None)]
     if kind in ("dynamic", "longrope"):
         raise refuse(f"the rotary embedding {kind!r} changes with the length")
     turned = rotate(torch.arange(4.0)).tolist()
     if turned not in ([-2.0, -3.0, 0.0, 1.0], [-1.0, 0.0, -3.0, 2.0]):
         raise refuse(f"{type(attention).__name__} turns its channels in a way that is not known")
-    return Rotary(modules[0].inv_freq.detach().float().clone(), turned[0] == -1.0)
+    return Rotary(getattr(modules[0], name).detach().float().clone(), turned[0] == -1.0)

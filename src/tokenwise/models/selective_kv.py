@@ -11,8 +11,11 @@ from transformers.cache_utils import DynamicLayer
 
 from tokenwise.errors import InputError, Problem
 
-_SPARE = 64
-"""Places for new tokens that are made when one generated token finds none: all keys and values are copied then."""
+
+def spare_places(stored: int) -> int:
+    """Places for new tokens that are made when a generated one finds none, and all keys and values are copied: a
+    sixteenth of what is stored, 64 at most."""
+    return min(max(stored // 16, 1), 64)
 
 
 class SelectiveLayer(DynamicLayer):
@@ -30,6 +33,7 @@ class SelectiveLayer(DynamicLayer):
         tracks: what is known of each stored token, by name, each [batch, heads, stored]; follows the tokens. Those of
             new tokens are 0.
         notes: what is known of each row of the batch, by name, each [batch, ...].
+        rising: whether what is stored stands in the order of its positions.
     """
 
     def __init__(self, **options: Any):
@@ -39,6 +43,7 @@ class SelectiveLayer(DynamicLayer):
         self.real: Tensor | None = None
         self.tracks: dict[str, Tensor] = {}
         self.notes: dict[str, Tensor] = {}
+        self.rising = True
         self._next: tuple[Tensor, Tensor | None, int] | None = None
         # What `keys` and `values` are the beginnings of, where there is room behind them.
         self._roomy: tuple[Tensor, Tensor] | None = None
@@ -143,7 +148,7 @@ class SelectiveLayer(DynamicLayer):
     def drop(self, gone: Tensor) -> None:
         """Free one token of each head, without copying the others: the last one takes its place.
 
-        What is stored is then no longer in rising order.
+        What is stored is then no longer `rising`.
 
         Args:
             gone: its place, [batch, heads, 1], int64; one head where it is the same in all.
@@ -161,6 +166,13 @@ class SelectiveLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, :last], self.values[:, :, :last]
         self.positions = _without(self.positions, gone)
         self.tracks = {name: _without(values, gone) for name, values in self.tracks.items()}
+        self.rising = False
+
+    def sort(self) -> None:
+        """Let what is stored stand in the order of its positions."""
+        assert self.positions is not None
+        self.keep(self.positions.argsort(dim=2))
+        self.rising = True
 
     def keep(self, index: Tensor, real: Tensor | None = None) -> None:
         """Store some of the tokens alone and free the memory of the others.
@@ -217,7 +229,7 @@ class SelectiveLayer(DynamicLayer):
         # What is left of the keys must not be taken for a beginning of the next prompt.
         self.keys, self.values, self.is_initialized, self._roomy = None, None, False, None
         self.seen, self.positions, self.real, self._next = 0, None, None, None
-        self.tracks, self.notes = {}, {}
+        self.tracks, self.notes, self.rising = {}, {}, True
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -250,7 +262,7 @@ class SelectiveLayer(DynamicLayer):
 
 def _with_room(values: Tensor) -> Tensor:
     batch, heads, stored, width = values.shape
-    made = values.new_empty(batch, heads, stored + _SPARE, width)
+    made = values.new_empty(batch, heads, stored + spare_places(stored), width)
     made[:, :, :stored] = values
     return made
 
@@ -280,6 +292,15 @@ def take_rows(values: Tensor, index: Tensor) -> Tensor:
     batch, heads, tokens, _ = values.shape
     starts = torch.arange(0, batch * heads * tokens, tokens, device=index.device).view(batch, heads, 1)
     return values.flatten(0, 2).index_select(0, (index + starts).flatten()).unflatten(0, index.shape)
+
+
+def take_channels(values: Tensor, index: Tensor) -> Tensor:
+    """Of `values` ([batch, heads, tokens, channels]) the channels at `index` ([batch, key heads, taken]).
+
+    Heads that share a key stand beside each other and take the same.
+    """
+    index = index.repeat_interleave(values.shape[1] // index.shape[1], 1).unsqueeze(2)
+    return values.gather(3, index.expand(-1, -1, values.shape[2], -1))
 
 
 def _mask_of(positions: Tensor, real: Tensor | None, seen: int, whole: Tensor | None, tokens: int) -> Tensor | None:

@@ -51,7 +51,8 @@ class AttentionCall:
 
         after: what a listener wants called once the attention has been computed.
 
-    A listener may also replace `key`, `value` and `mask`: the attention is computed with what stands here in the end.
+    A listener may also replace `query`, `key`, `value` and `mask`: the attention is computed with what stands here in
+    the end.
     """
 
     module: nn.Module
@@ -83,16 +84,40 @@ class AttentionCall:
         """
         return attention_rows(self.query, self.key, positions, self._bias, self.scaling, self.softcap)
 
-    def columns(self, valid: Tensor | None = None) -> Tensor:
+    def columns(
+        self,
+        valid: Tensor | None = None,
+        temperature: float = 1.0,
+        noise: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> Tensor:
         """The attention each key receives, as a mean over the queries.
 
         Args:
             valid: queries to take the mean over, [batch, queries], bool; all unless given.
+            temperature: what the scores, and the noise, are divided by.
+            noise: what is added to the scores of the queries at some positions, [1, rows], over the first so many keys:
+                4 dimensions that broadcast to [batch, heads, rows, keys]. It is asked for a block of queries at a time.
 
         Returns:
             [batch, heads, keys], fp32, summing to 1 over the keys.
         """
-        return attention_columns(self.query, self.key, self._bias, self.scaling, self.softcap, valid)
+
+        def noisy(positions: Tensor) -> Tensor | None:
+            bias = self._bias(positions)
+            end = self._last_seen(bias) if self.mask is not None else self.key.shape[2]
+            if self.mask is None and self.causal:
+                end = min(int(positions[0, -1]) + 1, end)
+            # One key alone would be taken for all.
+            end = max(end, min(2, self.key.shape[2]))
+            bias = None if bias is None else bias[..., :end]
+            if noise is None:
+                return bias
+            added = noise(positions, end)
+            added = added if temperature == 1 else added / temperature
+            return added if bias is None else bias + added
+
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return attention_columns(self.query, self.key, noisy, self.scaling / temperature, softcap, valid)
 
     def whole_map(self) -> Tensor:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
@@ -132,6 +157,13 @@ class AttentionCall:
             seen = torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, float("-inf")).unsqueeze(1)
             bias = seen if bias is None else seen + bias
         return bias
+
+    def _last_seen(self, bias: Tensor | None) -> int:
+        """The number of keys up to the last that some query sees under a bias; all where none sees any."""
+        if bias is None or bias.shape[3] == 1:
+            return self.key.shape[2]
+        seen = (bias > torch.finfo(bias.dtype).min / 2).flatten(0, 2).any(0)
+        return bias.shape[3] - int(seen.flip(0).long().argmax())
 
     def biased_mask(self) -> Tensor | None:
         """The mask with the key bias added: what the attention function is to be called with."""
@@ -304,7 +336,10 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
                     )
                 )
             attention_mask = call.biased_mask()
-        return _done(call, plain(owner, query, call.key, call.value, attention_mask, *args, **options))
+        if call.query is not query:
+            # Fewer channels are not to change the factor on the scores.
+            options["scaling"] = call.scaling
+        return _done(call, plain(owner, call.query, call.key, call.value, attention_mask, *args, **options))
 
     # The module alone is sent to our function: the name in its own copy of the configuration. Masks are made by the
     # backbone, from the configuration that stays as it is.

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenwise.policies.apportion import apportion
 
 
-def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: int) -> Tensor:
+def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: Tensor) -> Tensor:
     """Which tokens stay whatever their score: the first and the last.
 
     Args:
@@ -18,12 +18,12 @@ def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: int
         pads: columns of padding in front of each row, [batch].
         seen: columns so far.
         sink: how many of the first tokens.
-        recent: how many of the last tokens.
+        recent: how many of the last tokens of each row, [batch].
 
     Returns:
         [batch, heads, stored], bool; padding is never protected.
     """
-    pads = pads.view(-1, 1, 1)
+    pads, recent = pads.view(-1, 1, 1), recent.view(-1, 1, 1)
     inside = positions >= pads
     return inside & ((positions < pads + sink) | (positions >= seen - recent))
 
@@ -51,9 +51,17 @@ def best_of_each_head(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | 
     return places.clamp_min(0), real
 
 
-def worst_of_each_head(scores: Tensor) -> Tensor:
-    """The place of the token with the smallest score, of equal ones the last: [batch, heads, 1], int64."""
-    return scores.shape[2] - 1 - scores.flip(2).argmin(2, keepdim=True)
+def worst_of_each_head(scores: Tensor, positions: Tensor) -> Tensor:
+    """The place of the token with the smallest score, of equal ones the one with the largest position.
+
+    Args:
+        scores, positions: [batch, heads, stored], positions in any order; either may have one head.
+
+    Returns:
+        [batch, heads, 1], int64.
+    """
+    least = scores == scores.amin(2, keepdim=True)
+    return torch.where(least, positions, -1).argmax(2, keepdim=True)
 
 
 def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> list[Tensor]:
@@ -86,8 +94,8 @@ def pyramid_counts(count: int, available: int, layers: int, window: int, beta: f
         count: tokens of each layer if they were shared evenly.
         available: tokens there are.
         layers: how many layers.
-        window: tokens at the end that every layer keeps.
-        beta: how much less than the mean the last layer keeps beyond the window.
+        window: tokens that every layer keeps within its count, whatever their score.
+        beta: beyond the window the last layer keeps one part in so many of the mean.
 
     Returns:
         Counts that add up to ``layers * count`` exactly; all `count` where the steps do not fit.
@@ -95,7 +103,6 @@ def pyramid_counts(count: int, available: int, layers: int, window: int, beta: f
     even = [count] * layers
     if layers == 1 or count >= available or count <= window:
         return even
-    # Their capacity is the window and the share of the tokens; ours counts the window in.
     least = (count - window) / beta + window
     most = 2 * count - least
     if most > available:
@@ -105,3 +112,49 @@ def pyramid_counts(count: int, available: int, layers: int, window: int, beta: f
         return even
     sizes = [most - layer * (most - least) / (layers - 1) for layer in range(layers)]
     return apportion(count * layers, sizes, [available] * layers)
+
+
+def kept_counts(keep: float | str, available: Tensor) -> Tensor:
+    """As `kept_count`, of each row: `available` and what is returned are [batch], int64."""
+    if isinstance(keep, str):
+        return available.clamp_max(int(keep.split()[0]))
+    return torch.floor(keep * available.double() + 0.5).long().clamp_min(1).minimum(available)
+
+
+def top_places(scores: Tensor, most: int, counts: Tensor | None = None) -> Tensor:
+    """The places of the largest scores, rising.
+
+    Args:
+        scores: [batch, heads, places]; of equal ones the first is taken.
+        most: how many, at most `places`.
+        counts: how many of each row where these differ, [batch], at most `most`.
+
+    Returns:
+        [batch, heads, most], int64; -1 where a row has fewer, which stand first.
+    """
+    order = scores.argsort(dim=2, descending=True, stable=True)[:, :, :most]
+    if counts is not None:
+        order = order.masked_fill(torch.arange(most, device=scores.device) >= counts.view(-1, 1, 1), -1)
+    return order.sort(dim=2).values
+
+
+def tier_counts(
+    count: int, available: int, share: float, protects: int, exact_nbytes: int, packed_nbytes: int
+) -> tuple[int, int]:
+    """Tokens that are stored exactly, and tokens stored at all, in the bytes of some exact ones.
+
+    Args:
+        count: exact tokens that there are bytes for.
+        available: tokens there are.
+        share: of the bytes, for exact tokens. Where all tokens fit, more of them are exact as far as the bytes go.
+        protects: tokens that are exact anyway.
+        exact_nbytes: of an exact token.
+        packed_nbytes: of one in few bits.
+    """
+    exact = min(max(int(share * count + 0.5), protects), count, available)
+    left = (count - exact) * exact_nbytes
+    stored = exact + min(left // packed_nbytes, available - exact)
+    if stored == available and packed_nbytes < exact_nbytes:
+        more = (count * exact_nbytes - available * packed_nbytes) // (exact_nbytes - packed_nbytes)
+        exact = min(max(exact, more), available)
+    return exact, stored

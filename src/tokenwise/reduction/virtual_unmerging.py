@@ -175,7 +175,7 @@ class VirtualUnmerging(Handle):
 
     def __init__(self, reduction: InputReduction):
         super().__init__()
-        layout, method = reduction.layout, reduction.method
+        layout = reduction.layout
         problem = _problem(reduction)
         if problem is not None:
             raise InputError(problem)
@@ -187,7 +187,9 @@ class VirtualUnmerging(Handle):
         self._rotary = find_rotary(
             _language_model(decoder.module),
             decoder.layers[0].self_attn,
-            ("model", f"virtual unmerging of what {type(method).__name__} merged", "Leave virtual_unmerge out."),
+            "model",
+            "virtual unmerging turns keys to the positions of the members",
+            "Leave virtual_unmerge out.",
         )
         self._attention = decoder.layers[0].self_attn
         self._of: tuple[ref[Pruned], Members | None] | None = None

@@ -122,7 +122,9 @@ def attention_columns(
     """The attention that each key receives, as a mean over the queries; made block by block, never a whole map.
 
     Args:
-        query, key, bias, scaling, softcap: as for `attention_rows`.
+        query, key, scaling, softcap: as for `attention_rows`.
+        bias: as for `attention_rows`; it may be given for the first keys alone, where those behind are hidden from all
+            queries at the positions, which are then not read.
         valid: queries to take the mean over, [batch, queries], bool; all unless given.
 
     Returns:
@@ -143,17 +145,18 @@ def attention_columns(
         for start in range(0, queries, rows):
             some = slice(start, min(start + rows, queries))
             added = bias(torch.arange(some.start, some.stop, device=query.device).unsqueeze(0))
+            end = keys if added is None or added.shape[3] == 1 else added.shape[3]
             for first in range(0, batch, sequences):
                 batches = slice(first, first + sequences)
                 for group in range(0, key.shape[1], groups):
                     inner = slice(group, group + groups)
                     outer = slice(group * shared, (group + groups) * shared)
                     here = None if added is None else _part(added, batches, outer)
-                    found = _softmax_of(query[batches, outer, some], key[batches, inner], here, softcap)
+                    found = _softmax_of(query[batches, outer, some], key[batches, inner, :end], here, softcap)
                     if counted is None:
-                        total[batches, outer] += found.sum(2)
+                        total[batches, outer, :end] += found.sum(2)
                     else:
-                        total[batches, outer] += (counted[batches, None, None, some] @ found).squeeze(2)
+                        total[batches, outer, :end] += (counted[batches, None, None, some] @ found).squeeze(2)
     count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
     return total / count
 

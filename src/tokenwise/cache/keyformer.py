@@ -1,0 +1,103 @@
+"""What has been looked at, or nearly so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from tokenwise.cache.base import StoredTokens
+from tokenwise.cache.h2o import H2O
+from tokenwise.method import Card, Paper
+from tokenwise.policies.budget import KeepOrBytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from tokenwise.models.tap import AttentionCall
+
+
+class Keyformer(H2O):
+    """Keeps key tokens: those that have received the most attention, if it is read with noise and ever more evenly.
+
+    The noise makes up for the attention that would have gone to tokens that are gone.
+    """
+
+    card: ClassVar[Card] = Card(
+        id="cache/keyformer",
+        paper=Paper(
+            title="Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient Generative Inference",
+            arxiv="2403.09054",
+            venue="MLSys 2024",
+        ),
+        status="VERIFIED",
+        checked="the formula in fp64; unlike the authors' code each row of a batch has scores of its own, and exactly "
+        "the last tokens are protected",
+        control="cache/random",
+    )
+
+    keep: KeepOrBytes = 0.6
+    """What stays of the tokens seen, in each layer and head, as a mean; or memory for the keys and values of the whole
+    batch."""
+    recent_share: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of the budget, less `sink`, that goes to the tokens at the end; `recent` of them stay at least."""
+    gumbel: bool = True
+    """Add Gumbel noise to the attention scores that are read."""
+    tau_start: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the attention that is read while a prompt is read."""
+    tau_end: Annotated[float, Field(gt=0)] = 2.0
+    """Temperature once `tau_steps` tokens have been generated."""
+    tau_steps: Annotated[int, Field(ge=1)] = 128
+    """Generated tokens over which the temperature goes from `tau_start` to `tau_end`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the noise."""
+
+    def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
+        import torch
+
+        generated = tokens.notes.get("generated")
+        if generated is None or call.query.shape[2] > 1:
+            tokens.notes["generated"] = torch.zeros_like(tokens.pads)
+        else:
+            tokens.notes["generated"] = generated + 1
+        steps = min(int(tokens.notes["generated"][0]), self.tau_steps)
+        temperature = self.tau_start + steps / self.tau_steps * (self.tau_end - self.tau_start)
+        if not self.gumbel:
+            tokens.accumulate("received", tokens.received(call, temperature))
+            return
+        key_heads = call.key.shape[1]
+        shared = call.query.shape[1] // key_heads
+        # A head at a time where there are many queries: the noise of a block takes as much memory as its scores.
+        size = key_heads if call.query.shape[2] == 1 else 1
+        found = []
+        for first in range(0, key_heads, size):
+            inner = slice(first, first + size)
+            outer = slice(first * shared, (first + size) * shared)
+            mask = call.mask[:, outer] if call.mask is not None and call.mask.shape[1] > 1 else call.mask
+            part = replace(call, query=call.query[:, outer], key=call.key[:, inner], mask=mask)
+            found.append(tokens.received(part, temperature, self._noise(tokens, call.query.shape[2], outer, inner)))
+        tokens.accumulate("received", torch.cat(found, 1))
+
+    def _noise(self, tokens: StoredTokens, queries: int, outer: slice, inner: slice) -> Callable[[Tensor, int], Tensor]:
+        """Noise of some heads, the same for a row whether it is padded or not."""
+        import torch
+
+        from tokenwise.signals.gumbel import gumbel_noise
+
+        heads = torch.arange(outer.start, outer.stop, device=tokens.pads.device)
+        lanes = (tokens.layer * tokens.query_heads + heads).view(1, -1, 1, 1)
+        pads = tokens.pads.view(-1, 1, 1, 1)
+        places = tokens.positions[:, inner] if tokens.positions.shape[1] > 1 else tokens.positions
+        keys = places.repeat_interleave(len(heads) // places.shape[1], 1).unsqueeze(2) - pads
+        # Rows that are alike share their noise.
+        if len(pads) > 1 and bool((keys == keys[:1]).all()) and bool((pads == pads[:1]).all()):
+            keys, pads = keys[:1], pads[:1]
+
+        def noise(positions: Tensor, end: int) -> Tensor:
+            asking = (tokens.seen - queries + positions).view(1, 1, -1, 1) - pads
+            return gumbel_noise(self.seed, lanes, asking, keys[..., :end])
+
+        return noise

@@ -1,0 +1,241 @@
+"""The cache that stores all tokens and has each step read some of them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from tokenwise.cache.base import CacheSelector, StoredTokens
+from tokenwise.errors import InputError, Problem
+from tokenwise.method import Handle
+from tokenwise.models.decoders import cached_attentions
+from tokenwise.models.growing_kv import GrowingLayer
+from tokenwise.models.selective_kv import hidden_value
+from tokenwise.models.tap import AttentionCall, listen
+
+
+class SelectingCache(Cache, Handle):
+    """A cache of all tokens whose attention reads those a method selects, and a handle that ends it.
+
+    Layers that see a window of the tokens are left as they are. Undone, it goes on as a cache that is read whole.
+
+    Attributes:
+        model: the model whose attention it listens to.
+        method: the method.
+        masked: whether all tokens are read and the others hidden.
+        stats: ``tokens_seen`` (columns, padding included), ``tokens_read`` by the last step (mean over layers, of the
+            row that reads most), ``bytes``, and ``full_bytes``, what a stock cache would take.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, model: nn.Module, method: CacheSelector, masked: bool = False):
+        attentions = cached_attentions(model)
+        config: Any = model.config
+        stock = DynamicCache(config=config).layers
+        Cache.__init__(self, layers=[GrowingLayer() if type(layer) is DynamicLayer else layer for layer in stock])
+        Handle.__init__(self)
+        self.model = model
+        self.method = method
+        self.masked = masked
+        self.places = tuple(
+            index for index, layer in enumerate(self.layers) if type(layer) is GrowingLayer and index in attentions
+        )
+        """The layers that select, by their index in the model."""
+        self._read: dict[int, Tensor | None] = {}
+        # What a layer reads is copied to the same memory as what the one before it read: to get new memory from the
+        # system takes longer than the attention.
+        self._memory: list[Tensor] = []
+        if not self.places:
+            raise InputError(
+                Problem(
+                    "model",
+                    f"{type(model).__name__} has no layer whose cache holds all tokens.",
+                    "There is nothing to select from in layers that store a window of the tokens, or a state.",
+                )
+            )
+        keep = method.keep
+        if isinstance(keep, str) and int(keep.split()[0]) < method.protects:
+            raise InputError(
+                Problem(
+                    f"{type(method).__name__}.keep",
+                    f"{keep!r} is less than the {method.protects} tokens that are always read "
+                    f"(sink {method.sink}, at the end {method.recent}).",
+                    "Keep more, or protect less.",
+                )
+            )
+        mine = weakref.ref(self)
+        for index in self.places:
+            self.on_undo(listen(attentions[index], _listener(mine, index)))
+        self.on_undo(model.register_forward_pre_hook(_repairer(mine)).remove)
+        weakref.finalize(self, self._undos.close)
+
+    def nbytes(self) -> int:
+        """Bytes that keys and values take, with layers of a window, room for new tokens, and what was read last."""
+        layers = (layer.nbytes() if isinstance(layer, GrowingLayer) else _plain_nbytes(layer) for layer in self.layers)
+        return sum(layers) + sum(values.nbytes for values in self._memory)
+
+    def full_nbytes(self) -> int:
+        """Bytes that a stock cache of all tokens seen would take."""
+        return sum(_plain_nbytes(layer) for layer in self.layers)
+
+    def kept(self, layer: int) -> Tensor:
+        """Which of the tokens seen the last step read.
+
+        Args:
+            layer: its index in the model.
+
+        Returns:
+            [batch, key heads, seen], bool.
+        """
+        stored: GrowingLayer = self.layers[layer]
+        assert stored.keys is not None
+        batch, heads, seen, _ = stored.keys.shape
+        places = self._read.get(layer)
+        if places is None:
+            shown = torch.ones(batch, heads, seen, dtype=torch.bool, device=stored.keys.device)
+            return shown if stored.pads is None else shown & _real(stored.pads, seen)
+        return _shown(places, seen).expand(-1, heads, -1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        # Of a pass that broke off, some layers have seen the tokens and others have not.
+        return min(self.layers[index].seen for index in self.places)
+
+    def reset(self) -> None:
+        super().reset()
+        self._read.clear()
+        self._memory.clear()
+
+    def _repair(self) -> None:
+        """After a pass that broke off: forget what only some layers have seen."""
+        seen = self.get_seq_length()
+        for layer in self.layers:
+            if seen == 0 and layer.get_seq_length():
+                layer.reset()
+            elif layer.get_seq_length() > seen:
+                layer.crop(seen - layer.get_seq_length())
+
+    def _attended(self, index: int, call: AttentionCall) -> None:
+        layer: GrowingLayer = self.layers[index]
+        if not layer.gave(call.key):
+            return
+        method, tokens = self.method, call.query.shape[2]
+        first = layer.seen == tokens
+        if first or tokens > 1 or layer.pads is None:
+            _note_padding(layer, call)
+        if method.keep == 1.0:
+            return
+        with torch.no_grad():
+            stored = self._tokens(index, layer, call)
+            method.observe(stored, call)
+            places = None if first or (tokens > 1 and not method.parts) else method.select(stored, call)
+        self._read[index] = places
+        if places is not None:
+            call.mask = _mask(call, places, stored.real is not None, self.masked)
+            if not self.masked:
+                graded = torch.is_grad_enabled() and call.query.requires_grad
+                call.key, call.value = layer.take(places.clamp_min(0), None if graded else self._memory)
+        if index == self.places[-1]:
+            read = [layer.seen if found is None else found.shape[2] for found in self._read.values()]
+            self.stats.update(
+                tokens_seen=layer.seen,
+                tokens_read=sum(read) / len(read),
+                bytes=self.nbytes(),
+                full_bytes=self.full_nbytes(),
+            )
+
+    def _tokens(self, index: int, layer: GrowingLayer, call: AttentionCall) -> StoredTokens:
+        assert layer.keys is not None
+        assert layer.values is not None
+        assert layer.pads is not None
+        positions = torch.arange(layer.seen, device=layer.keys.device).expand(layer.keys.shape[0], 1, -1)
+        return StoredTokens(
+            layer.keys,
+            layer.values,
+            positions,
+            _real(layer.pads, layer.seen) if layer.padded else None,
+            layer.pads,
+            layer.seen,
+            self.places.index(index),
+            len(self.places),
+            call.scaling,
+            call.softcap,
+            call.query.shape[1],
+            call.module,
+            {},
+            layer.notes,
+        )
+
+
+def _note_padding(layer: GrowingLayer, call: AttentionCall) -> None:
+    """Count the padding of each row."""
+    batch, device = call.query.shape[0], call.query.device
+    if call.mask is None:
+        if layer.pads is None or layer.seen == call.query.shape[2]:
+            layer.pads, layer.padded = torch.zeros(batch, dtype=torch.long, device=device), False
+        return
+    last = call.mask[:, 0, -1]
+    last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    last = last.expand(batch, -1)
+    if not bool(last[:, -1].all()):
+        raise InputError(
+            Problem("attention_mask", "hides the last token of a row.", "Pad on the left: padding_side = 'left'.")
+        )
+    layer.pads = last.long().argmax(1)
+    layer.padded = bool(layer.pads.any())
+
+
+def _real(pads: Tensor, seen: int) -> Tensor:
+    """Which tokens are no padding, [batch, 1, seen]."""
+    return torch.arange(seen, device=pads.device) >= pads.view(-1, 1, 1)
+
+
+def _shown(places: Tensor, seen: int) -> Tensor:
+    """Which tokens stand at `places`, [batch, heads, seen]; -1 is none."""
+    shown = torch.zeros(*places.shape[:2], seen + 1, dtype=torch.bool, device=places.device)
+    # What fills up goes to a column that is cut off.
+    return shown.scatter_(2, torch.where(places < 0, seen, places), True)[..., :seen]
+
+
+def _mask(call: AttentionCall, places: Tensor, padded: bool, masked: bool) -> Tensor | None:
+    """The call's mask over the tokens at `places`; over all of them, the others hidden, if `masked`."""
+    whole, group = call.mask, call.query.shape[1] // call.key.shape[1]
+    if whole is None and not (padded or masked):
+        return None
+    real = (_shown(places, call.key.shape[2]) if masked else places >= 0).unsqueeze(2)
+    if whole is None:
+        found = real.expand(-1, -1, call.query.shape[2], -1)
+    else:
+        found = whole.expand(places.shape[0], places.shape[1], -1, -1)
+        if not masked:
+            found = found.gather(3, places.clamp_min(0).unsqueeze(2).expand(-1, -1, found.shape[2], -1))
+        if padded or masked:
+            found = torch.where(real, found, hidden_value(found.dtype))
+    return found.repeat_interleave(group, 1) if found.shape[1] > 1 else found
+
+
+def _plain_nbytes(layer: Any) -> int:
+    held = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(values.nbytes for values in held if isinstance(values, Tensor))
+
+
+def _listener(cache: weakref.ref[SelectingCache], index: int) -> Any:
+    def hear(call: AttentionCall) -> None:
+        found = cache()
+        if found is not None:
+            found._attended(index, call)
+
+    return hear
+
+
+def _repairer(cache: weakref.ref[SelectingCache]) -> Any:
+    def repair(module: nn.Module, args: Any) -> None:
+        found = cache()
+        if found is not None:
+            found._repair()
+
+    return repair

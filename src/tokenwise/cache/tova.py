@@ -1,0 +1,38 @@
+"""What the last token looks at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from tokenwise.cache.base import CachePolicy, StoredTokens
+from tokenwise.method import Card, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TOVA(CachePolicy):
+    """Keeps what the last token attends to, as a mean over all heads, so that a layer's heads store the same."""
+
+    card: ClassVar[Card] = Card(
+        id="cache/tova",
+        paper=Paper(title="Transformers are Multi-State RNNs", arxiv="2401.06104", venue="EMNLP 2024"),
+        status="VERIFIED",
+        checked="the formula in fp64, and the numbers of kvpress 0.5.5",
+        control="cache/random",
+    )
+    reads: ClassVar[frozenset[str]] = frozenset({"window"})
+    ordered: ClassVar[bool] = False
+
+    interval: Annotated[int, Field(ge=1)] | None = 1
+    """Evict while generating, too, every so many tokens; None: only when a prompt, or a part of one, has been read."""
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    def score(self, tokens: StoredTokens) -> Tensor:
+        rows = tokens.window_rows()[:, :, :, -1]
+        return tokens.summed_over_heads(rows.mean(2)) / rows.shape[1]

@@ -1,0 +1,49 @@
+"""Noise by position: the right distribution, independent, and the same however it is asked for."""
+
+import torch
+
+from tokenwise.signals.gumbel import gumbel_noise
+
+
+def noise(seed=0, lanes=2, queries=300, keys=400):
+    return gumbel_noise(seed, torch.arange(lanes).view(-1, 1, 1), torch.arange(queries).view(-1, 1), torch.arange(keys))
+
+
+def test_it_has_the_moments_of_the_gumbel_distribution():
+    found = noise().double()
+    assert found.shape == (2, 300, 400)
+    assert found.isfinite().all()
+    assert abs(float(found.mean()) - 0.577216) < 0.01
+    assert abs(float(found.var()) - 1.644934) < 0.03
+    below = (-(-found).exp()).exp()
+    # The distribution function of what is drawn from it is even: 240000 numbers, 4 standard deviations.
+    counts = below.flatten().histc(20, 0, 1) / below.numel()
+    assert float((counts - 0.05).abs().max()) < 4 * (0.05 * 0.95 / below.numel()) ** 0.5
+
+
+def test_neighbours_lanes_and_seeds_have_nothing_to_do_with_each_other():
+    found = noise().double()
+    pairs = [
+        (found[0], found[1]),
+        (found[:, 1:], found[:, :-1]),
+        (found[..., 1:], found[..., :-1]),
+        (found[:, 1:, 1:], found[:, :-1, :-1]),
+        (found[:, 1:, :-1], found[:, :-1, 1:]),
+        (found[0], noise(1).double()[0]),
+        (found[0, :, :300], found[0, :, :300].T),
+    ]
+    for one, other in pairs:
+        assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.015
+
+
+def test_each_number_depends_on_its_own_place_alone():
+    whole = noise()
+    part = gumbel_noise(0, torch.tensor([1]), torch.tensor([[17], [250]]), torch.tensor([399, 3]))
+    assert torch.equal(part, whole[1, [17, 250]][:, [399, 3]])
+    assert torch.equal(whole, noise())
+    # Where the largest number there is stands, and the smallest.
+    ends = gumbel_noise(0, torch.tensor(0), torch.tensor([2329, 2712]), torch.tensor([7552, 7356]))
+    assert torch.allclose(ends, torch.tensor([16.635532, -2.811541]))
+    # Numbers of one machine are those of all: pinned.
+    expected = torch.tensor([0.4387512, 2.9801967, 2.1761536, -0.4716892])  # from whole numbers of Python
+    assert float((whole[1, 5, :4] - expected).abs().max()) < 1e-5
