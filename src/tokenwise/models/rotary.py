@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenwise.errors import InputError, Problem
+
+Turn = Callable[[Tensor], Tensor]
+"""Makes of keys those that stand some positions further."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class Rotary:
         new = keys if in_place else keys.clone()
         new[moved] = self._turned(keys[moved], *self._angles(steps.expand(*keys.shape[:3])[moved])).to(keys.dtype)
         return new
+
+    def by(self, steps: Tensor) -> Turn:
+        """The turn by `steps` positions ([...], int64), to be applied to several tensors of keys [..., head_dim] to
+        which they broadcast; the same to the bit where steps is 0."""
+        cos, sin = self._angles(steps)
+        return lambda keys: self._turned(keys, cos, sin).to(keys.dtype)
 
     def turn_back(self, queries: Tensor, positions: Tensor) -> Tensor:
         """Queries as they were before they were turned.

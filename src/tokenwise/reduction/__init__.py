@@ -39,6 +39,7 @@ _PUBLIC = {
     "shape_of": "allocation",
     "slimming_loss": "slimming",
     "verify_inputs": "inputs",
+    "virtual_unmerge": "virtual_unmerging",
 }
 
 

@@ -76,7 +76,7 @@ class DyMU(_Merging):
         ),
         needs=("a plan with thresholds, from calibrate_thresholds",),
         status="VERIFIED",
-        checked="the official thresholds and merges on seeded numbers; virtual unmerging is not part of it",
+        checked="the official thresholds and merges on seeded numbers; its virtual unmerging is virtual_unmerge",
         control="reduction/random_drop",
     )
 

@@ -6,7 +6,8 @@ import bisect
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakSet
@@ -49,6 +50,8 @@ class Pruned:
         before: image tokens of the whole batch before.
         after: image tokens of the whole batch after.
         images: what the method saw.
+        index: the place in the whole batch of each token of the shorter one, [batch, tokens], int64, any where a row
+            is filled up; None where all tokens stay.
     """
 
     batch: dict[str, Any]
@@ -57,6 +60,7 @@ class Pruned:
     before: int
     after: int
     images: list[EncodedImage]
+    index: Tensor | None = None
 
 
 def prune_inputs(
@@ -150,15 +154,20 @@ def prune(
         ]
         stays[place] = torch.cat(flags)
     made = {name: value for name, value in inputs.items() if name not in encoded.used}
+    index = None
     if not bool(stays.all()):
         if any(bool((place & ~_mask(inputs, place).bool()).any()) for place in places.values()):
             raise InputError(
                 Problem("batch.attention_mask", "hides placeholders of images.", "Hide padding alone, or keep all.")
             )
         made = {name: value for name, value in made.items() if name not in layout.grids}
-        made |= _hidden(layout, inputs, stays) if masked else _compacted(layout, inputs, stays, positions, padding)
+        if masked:
+            made |= _hidden(layout, inputs, stays)
+        else:
+            shorter, index = _compacted(layout, inputs, stays, positions, padding)
+            made |= shorter
     made["mm_encoder_outputs"] = layout.replace(encoded, features, deeper)
-    return Pruned(made, kept, group, before, after, encoded.images)
+    return Pruned(made, kept, group, before, after, encoded.images, index)
 
 
 def _counts(
@@ -316,8 +325,8 @@ def _compacted(
     stays: Tensor,
     positions: Positions,
     padding: Literal["left", "right"] | None,
-) -> dict[str, Any]:
-    """The token-shaped inputs without the tokens that go, and explicit positions and mask."""
+) -> tuple[dict[str, Any], Tensor]:
+    """The token-shaped inputs without the tokens that go, and explicit positions and mask; the places they had."""
     mask = _mask(inputs, stays)
     padded = ~mask.bool()
     if padding is None:
@@ -357,7 +366,7 @@ def _compacted(
         made["position_ids"] = (made["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
     else:
         made["position_ids"] = whole.gather(-1, index.expand(*whole.shape[:-1], longest).to(whole.device))
-    return made
+    return made, index
 
 
 def _hidden(layout: VisionLanguageModel, inputs: Mapping[str, Any], stays: Tensor) -> dict[str, Any]:
@@ -380,6 +389,11 @@ def _mask(inputs: Mapping[str, Any], stays: Tensor) -> Tensor:
 def _positions(layout: VisionLanguageModel, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
     given: Tensor | None = inputs.get("position_ids")
     return layout.position_ids(inputs, mask) if given is None else given
+
+
+def whole_positions(layout: VisionLanguageModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The positions of a batch as it was, [batch or 1, tokens], or [axes, batch, tokens]."""
+    return _positions(layout, inputs, _mask(inputs, inputs["input_ids"]))
 
 
 def _padding_id(layout: VisionLanguageModel) -> int:
@@ -427,6 +441,7 @@ class InputReduction(Handle):
         stats: ``batches``, and over all of them ``image_tokens_before`` and ``image_tokens_after``.
         kept: rows of each image that stayed, of the last batch; videos after images.
         group: for each of its rows the one of those that stayed it went into, as in `Pruned`.
+        reading: the batch that is being read, and what became of it; None between batches.
     """
 
     def __init__(self, model: Any, method: InputReducer, positions: Positions = "original", *, masked: bool = False):
@@ -437,8 +452,10 @@ class InputReduction(Handle):
         if other is not None:
             raise InputError(other)
         self.layout, self.method = layout, method
+        self.positions, self.masked = positions, masked
         self.kept: list[Tensor] = []
         self.group: list[Tensor] = []
+        self.reading: tuple[Mapping[str, Any], Pruned] | None = None
         forward, generate = model.forward, model.generate
         signature = inspect.signature(forward)
         # Caches that hold fewer tokens than the ids they were made from.
@@ -451,6 +468,14 @@ class InputReduction(Handle):
                 self.stats[name] = self.stats.get(name, 0) + value
             self.stats["image_tokens_after"] = self.stats.get("image_tokens_after", 0) + found.after
             return found
+
+        @contextmanager
+        def reading(inputs: Mapping[str, Any], found: Pruned) -> Iterator[None]:
+            self.reading = inputs, found
+            try:
+                yield
+            finally:
+                self.reading = None
 
         def remember(output: Any, found: Pruned) -> None:
             cache = getattr(output, "past_key_values", None)
@@ -472,7 +497,8 @@ class InputReduction(Handle):
             inputs = {**signature.bind_partial(*args).arguments, **inputs}
             if layout.has_pixels(inputs):
                 found = pruned(inputs)
-                output = forward(**found.batch)
+                with reading(inputs, found):
+                    output = forward(**found.batch)
                 remember(output, found)
                 return output
             if inputs.get("position_ids") is None:
@@ -491,11 +517,12 @@ class InputReduction(Handle):
                 options["input_ids"] = inputs
             whole = options.get("input_ids")
             made = pruned(options, "left")
-            options = made.batch
+            given, options = options, made.batch
             assert whole is not None
             short = options["input_ids"].shape[1]
             _shorten(options, whole.shape[1] - short)
-            found = generate(None, *args, **options)
+            with reading(given, made):
+                found = generate(None, *args, **options)
             remember(found, made)
             sequences = found if isinstance(found, Tensor) else found.sequences
             times = sequences.shape[0] // whole.shape[0]
