@@ -151,7 +151,8 @@ def python_line(entry: Entry) -> str:
     if entry["traits"].get("kind") == "masks":
         batches = "".join(f", {name}={name}_batches" for name in entry["traits"]["reads"])
         return f"tw.weighting.mask_parameters(trainer, {made}.masks(model{batches}))"
-    return f"tw.reduce(model, {made})" if entry["family"] == "reduction" else f"tw.weigh(trainer, {made})"
+    verb = {"weighting": "weigh(trainer", "reduction": "reduce(model", "cache": "evict(model"}[entry["family"]]
+    return f"tw.{verb}, {made})"
 
 
 def _values(entry: Entry, reference: str) -> dict[str, Any]:

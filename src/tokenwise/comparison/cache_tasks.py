@@ -200,7 +200,7 @@ class LongContext(MeasuredTask):
         problems = []
         for label, _, method, _ in methods:
             try:
-                evict(empty, method).undo()  # type: ignore[arg-type]
+                evict(empty, method).undo()  # type: ignore[call-overload]
             except InputError as error:
                 problems += told(label, error)
         return problems
