@@ -84,8 +84,9 @@ class StoredTokens:
         import torch
 
         queries = self.over_queries(self.notes["queries"]).float()
-        keys = self.keys.float().unsqueeze(2)
-        scores = queries @ keys.transpose(3, 4) * self.scaling
+        # Heads that share keys are multiplied with them at once: one by one each would be given a copy.
+        scores = (queries.flatten(2, 3) * self.scaling) @ self.keys.float().transpose(2, 3)
+        scores = scores.unflatten(2, queries.shape[2:4])
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         count = queries.shape[3]

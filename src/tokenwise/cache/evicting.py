@@ -489,6 +489,8 @@ class EvictingCache(Cache, Handle):
             return
         if self.method.allocate == "pyramid":
             counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
+        if self._stores_no_more(layer, counts):
+            return
         layer.notes["counts"] = counts
         if not layer.rising and bool((counts != layer.stored - 1).any()):
             # Of equal scores the first stay.
@@ -503,6 +505,13 @@ class EvictingCache(Cache, Handle):
             self._earlier["kept"] = self.kept(index).any(1)
         if index == self._places[-1]:
             self._earlier = {}
+
+    def _stores_no_more(self, layer: SelectiveLayer, counts: Tensor) -> bool:
+        """Whether every head may keep all that it stores: then nothing need be scored."""
+        method = self.method
+        alone = method.allocate in ("evenly", "pyramid") and "earlier" not in method.reads
+        plain = layer.real is None and "shown" not in layer.notes and type(layer) is SelectiveLayer
+        return alone and plain and not self.masked and not self._narrows and bool((counts >= layer.stored).all())
 
     def _scores(self, index: int, layer: SelectiveLayer) -> Tensor:
         """The method's scores, with what is protected above and what does not count below all others."""

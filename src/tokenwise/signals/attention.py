@@ -140,7 +140,7 @@ def attention_columns(
     groups = max(min(maps // shared, key.shape[1]), 1)
     sequences = max(maps // heads, 1) if groups == key.shape[1] else 1
     with torch.autocast(query.device.type, enabled=False):
-        query, key = (query.to(dtype) * scaling).contiguous(), key.to(dtype).contiguous()
+        query, key = (query.to(dtype) * scaling).contiguous(), _multiplied(key.to(dtype))
         counted = None if valid is None else valid.to(dtype)
         for start in range(0, queries, rows):
             some = slice(start, min(start + rows, queries))
@@ -207,6 +207,13 @@ def _part(bias: Tensor, batches: slice, heads: slice) -> Tensor:
     """The bias of some sequences and heads, where it is not the same for all."""
     bias = bias[batches] if bias.shape[0] > 1 else bias
     return bias[:, heads] if bias.shape[1] > 1 else bias
+
+
+def _multiplied(key: Tensor) -> Tensor:
+    """Keys ([batch, key heads, keys, head_dim]) as matrices that can be multiplied: copied only where they are none,
+    not where there is room between them."""
+    apart = key.stride(3) == 1 and key.stride(0) == key.stride(1) * key.shape[1]
+    return key if apart else key.contiguous()
 
 
 def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
