@@ -109,3 +109,14 @@ def test_gradients_pass_through_what_is_appended():
     keys, _ = layer.update(states[:, :, 5:], states[:, :, 5:])
     keys.sum().backward()
     assert torch.equal(states.grad, torch.ones_like(states))
+
+
+def test_a_layer_may_store_nothing():
+    layer = SelectiveLayer()
+    states = torch.randn(1, 2, 3, 4)
+    layer.update(states, states)
+    for _ in range(2):
+        layer.keep(torch.zeros(1, 1, 0, dtype=torch.int64))
+        assert (layer.stored, layer.seen, layer.nbytes()) == (0, 3, 0)
+    keys, _ = layer.update(states[:, :, :1], states[:, :, :1])
+    assert torch.equal(keys, states[:, :, :1])

@@ -312,7 +312,7 @@ def take_rows(values: Tensor, index: Tensor) -> Tensor:
     Copies whole rows: `gather` looks up every channel by itself, which takes several times as long.
     """
     batch, heads, tokens, _ = values.shape
-    starts = torch.arange(0, batch * heads * tokens, tokens, device=index.device).view(batch, heads, 1)
+    starts = (torch.arange(batch * heads, device=index.device) * tokens).view(batch, heads, 1)
     return values.flatten(0, 2).index_select(0, (index + starts).flatten()).unflatten(0, index.shape)
 
 
