@@ -736,9 +736,10 @@ def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
 
 
 def _beginner(cache: weakref.ref[EvictingCache]) -> Any:
-    def begin(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    # A hook that is removed while hooks are running is called once more, without the options.
+    def begin(module: nn.Module, args: tuple[Any, ...], options: Any = None) -> None:
         found = cache()
-        if found is not None and any(value is found for value in (*args, *options.values())):
+        if found is not None and options is not None and any(value is found for value in (*args, *options.values())):
             given = [*args[:1], options.get("input_ids"), options.get("inputs_embeds")]
             found._begin(next((tokens.shape[1] for tokens in given if tokens is not None), 0))
 
@@ -746,19 +747,19 @@ def _beginner(cache: weakref.ref[EvictingCache]) -> Any:
 
 
 def _checker(cache: weakref.ref[EvictingCache]) -> Any:
-    def begin(module: nn.Module, args: Any, options: Any) -> None:
+    def check(module: nn.Module, args: Any, options: Any = None) -> None:
         found = cache()
-        if found is not None:
+        if found is not None and options is not None:
             found._prompt_of(args, options)
 
-    return begin
+    return check
 
 
 def _repeater(cache: weakref.ref[EvictingCache]) -> Any:
-    def repeat(module: nn.Module, args: Any, options: Any, output: Any) -> None:
+    def repeat(module: nn.Module, args: Any, *others: Any) -> None:
         found = cache()
-        if found is not None:
-            found._has_read(args, options)
+        if found is not None and len(others) == 2:
+            found._has_read(args, others[0])
 
     return repeat
 

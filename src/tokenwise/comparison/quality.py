@@ -414,23 +414,9 @@ ANSWER_LOSS = Measure("answer loss", "nats/token", decimals=3)
 
 
 @dataclass
-class QuestionQuality(_WrittenAnswers):
-    """Answers to questions about images.
-
-    Args:
-        nll: summed negative log-likelihood of each expected answer, in nats.
-        tokens: of each expected answer.
-        correct: whether the answer the model wrote is the expected one.
-    """
-
-    kind: Literal["questions"] = "questions"
-
+class _AnsweredQuestions(_WrittenAnswers):
     item: ClassVar[str] = "question"
     brief: ClassVar[tuple[Measure, ...]] = (ANSWER_LOSS,)
-
-    @property
-    def measure(self) -> Measure:
-        return WRONG_ABOUT_IMAGES
 
     @property
     def details(self) -> dict[Measure, float]:
@@ -444,6 +430,23 @@ class QuestionQuality(_WrittenAnswers):
         return f"{_count(len(self.tokens), 'question')}, {sum(self.tokens):,} answer tokens"
 
 
+@dataclass
+class QuestionQuality(_AnsweredQuestions):
+    """Answers to questions about images.
+
+    Args:
+        nll: summed negative log-likelihood of each expected answer, in nats.
+        tokens: of each expected answer.
+        correct: whether the answer the model wrote is the expected one.
+    """
+
+    kind: Literal["questions"] = "questions"
+
+    @property
+    def measure(self) -> Measure:
+        return WRONG_ABOUT_IMAGES
+
+
 WRONG_RECALL = _percent(
     "wrong answers",
     "The share of questions whose answer, written by the model token by token (always the likeliest one) with what is "
@@ -453,7 +456,7 @@ WRONG_RECALL = _percent(
 
 
 @dataclass
-class RecallQuality(_WrittenAnswers):
+class RecallQuality(_AnsweredQuestions):
     """Answers to questions about long contexts.
 
     Args:
@@ -466,23 +469,9 @@ class RecallQuality(_WrittenAnswers):
     depth: list[float]
     kind: Literal["recall"] = "recall"
 
-    item: ClassVar[str] = "question"
-    brief: ClassVar[tuple[Measure, ...]] = (ANSWER_LOSS,)
-
     @property
     def measure(self) -> Measure:
         return WRONG_RECALL
-
-    @property
-    def details(self) -> dict[Measure, float]:
-        return {
-            EXACT_MATCH: 100 * sum(self.correct) / len(self.correct),
-            ANSWER_LOSS: sum(self.nll) / sum(self.tokens),
-        }
-
-    @property
-    def held_out(self) -> str:
-        return f"{_count(len(self.tokens), 'question')}, {sum(self.tokens):,} answer tokens"
 
 
 CONTINUATION_LOSS = Measure(

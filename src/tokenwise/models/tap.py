@@ -363,6 +363,8 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
 def _done(call: AttentionCall, output: Any) -> Any:
     for action in call.after:
         action()
+    # They may hold the call, and with it what listened to it.
+    call.after.clear()
     return output
 
 
