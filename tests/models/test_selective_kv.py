@@ -114,6 +114,10 @@ def test_gradients_pass_through_what_is_appended():
 def test_a_layer_may_store_nothing():
     layer = SelectiveLayer()
     states = torch.randn(1, 2, 3, 4)
+    layer.update(states[:, :, :1], states[:, :, :1])
+    layer.drop(torch.zeros(1, 1, 1, dtype=torch.int64))
+    assert (layer.stored, layer.seen) == (0, 1)
+    layer.reset()
     layer.update(states, states)
     for _ in range(2):
         layer.keep(torch.zeros(1, 1, 0, dtype=torch.int64))

@@ -294,6 +294,8 @@ def _without(values: Tensor, gone: Tensor) -> Tensor:
     values = values.expand(-1, max(values.shape[1], gone.shape[1]), -1)
     moved = values[..., :-1].clone()
     last = values.shape[2] - 1
+    if last == 0:
+        return moved
     inside = gone.expand(-1, values.shape[1], -1)
     # Where it is the last one itself, nothing is to be moved.
     place = inside.clamp_max(last - 1)
