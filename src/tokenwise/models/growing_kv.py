@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenwise.models.selective_kv import append
-
-_SLACK = 256
-"""Places for new tokens beyond those in use: all tokens are copied once for so many new ones."""
+from tokenwise.models.selective_kv import append, spare_places
 
 
 class GrowingLayer(DynamicLayer):
@@ -56,7 +53,9 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = None if self._held is None or self.keys is None or self.values is None else (self.keys, self.values)
-        self._held, (self.keys, self.values) = append(self._held, before, (key_states, value_states), _SLACK)
+        self._held, (self.keys, self.values) = append(
+            self._held, before, (key_states, value_states), spare_places(self.seen)
+        )
         return self.keys, self.values
 
     def take(self, places: Tensor, into: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
