@@ -124,3 +124,16 @@ def test_a_layer_may_store_nothing():
         assert (layer.stored, layer.seen, layer.nbytes()) == (0, 3, 0)
     keys, _ = layer.update(states[:, :, :1], states[:, :, :1])
     assert torch.equal(keys, states[:, :, :1])
+
+
+def test_the_last_tokens_are_taken_back_whatever_the_order():
+    layer = SelectiveLayer()
+    states = torch.randn(1, 2, 6, 4)
+    layer.update(states[:, :, :5], -states[:, :, :5])
+    layer.drop(torch.tensor([[[1], [2]]]))
+    layer.update(states[:, :, 5:], -states[:, :, 5:])
+    layer.take_back(5)
+    assert (layer.seen, layer.rising) == (5, True)
+    assert layer.positions.tolist() == [[[0, 2, 3, 4], [0, 1, 3, 4]]]
+    expected = torch.stack([states[0, head][layer.positions[0, head]] for head in range(2)])
+    assert torch.equal(layer.keys[0], expected)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokenwise.cache.base import CachePolicy, StoredTokens
+from tokenwise.cache.padding import seen_columns
 from tokenwise.cache.refusals import narrows, problems_of, repeats, rotary_for
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
@@ -289,7 +290,7 @@ class EvictingCache(Cache, Handle):
         if self._again is not None:
             pass
         elif reading:
-            self._note_padding(layer, call, whole)
+            self._note_padding(layer, call)
         else:
             layer.notes["counted"] = layer.notes["counted"] + tokens
         call.query = self._narrowed(layer, call.query)
@@ -401,29 +402,14 @@ class EvictingCache(Cache, Handle):
             del layer.notes["repeats"]
             layer.take_back(layer.seen - tokens)
 
-    def _note_padding(self, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
+    def _note_padding(self, layer: SelectiveLayer, call: AttentionCall) -> None:
         """Count the padding of each row."""
         batch, device = call.query.shape[0], call.query.device
-        if call.padding is not None and not bool(call.padding.all()):
-            raise InputError(
-                Problem(
-                    "model",
-                    f"{type(self._attentions[self._places[0]]).__name__} is given padding in a form that does not say "
-                    "which tokens each query sees.",
-                    "Load the model with attn_implementation='sdpa', or read one row at a time.",
-                )
-            )
-        if whole is None:
+        last = seen_columns(call)
+        if last is None:
             layer.notes["pads"] = torch.zeros(batch, dtype=torch.long, device=device)
             layer.notes["counted"] = torch.full((batch,), layer.seen, dtype=torch.long, device=device)
             return
-        last = whole[:, 0, -1]
-        last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        last = last.expand(batch, -1)
-        if not bool(last[:, -1].all()):
-            raise InputError(
-                Problem("attention_mask", "hides the last token of a row.", "Pad on the left: padding_side = 'left'.")
-            )
         layer.notes["pads"] = last.long().argmax(1)
         layer.notes["counted"] = last.sum(1)
         if not bool(last.all()):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokenwise.cache.base import CacheSelector, StoredTokens
+from tokenwise.cache.padding import seen_columns
 from tokenwise.errors import InputError, Problem
 from tokenwise.method import Handle
 from tokenwise.models.decoders import cached_attentions
@@ -174,19 +175,12 @@ class SelectingCache(Cache, Handle):
 def _note_padding(layer: GrowingLayer, call: AttentionCall) -> None:
     """Count the padding of each row."""
     batch, device = call.query.shape[0], call.query.device
-    if call.mask is None:
-        if layer.pads is None or layer.seen == call.query.shape[2]:
-            layer.pads, layer.padded = torch.zeros(batch, dtype=torch.long, device=device), False
-        return
-    last = call.mask[:, 0, -1]
-    last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-    last = last.expand(batch, -1)
-    if not bool(last[:, -1].all()):
-        raise InputError(
-            Problem("attention_mask", "hides the last token of a row.", "Pad on the left: padding_side = 'left'.")
-        )
-    layer.pads = last.long().argmax(1)
-    layer.padded = bool(layer.pads.any())
+    last = seen_columns(call)
+    if last is not None:
+        layer.pads = last.long().argmax(1)
+        layer.padded = bool(layer.pads.any())
+    elif layer.pads is None or layer.seen == call.query.shape[2]:
+        layer.pads, layer.padded = torch.zeros(batch, dtype=torch.long, device=device), False
 
 
 def _real(pads: Tensor, seen: int) -> Tensor:

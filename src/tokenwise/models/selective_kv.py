@@ -79,6 +79,8 @@ class SelectiveLayer(DynamicLayer):
     def take_back(self, seen: int) -> None:
         """Forget all but the first `seen` tokens seen; what has been evicted meanwhile stays gone."""
         assert self.positions is not None
+        if not self.rising:
+            self.sort()
         before = self.positions < seen
         counts = before.sum(2)
         if bool((counts == counts[0, 0]).all()):
