@@ -53,9 +53,8 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = None if self._held is None or self.keys is None or self.values is None else (self.keys, self.values)
-        self._held, (self.keys, self.values) = append(
-            self._held, before, (key_states, value_states), spare_places(self.seen)
-        )
+        spare = spare_places(self.seen + key_states.shape[2])
+        self._held, (self.keys, self.values) = append(self._held, before, (key_states, value_states), spare)
         return self.keys, self.values
 
     def take(self, places: Tensor, into: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
