@@ -36,8 +36,8 @@ import tokenwise as tw
 from tokenwise import catalog
 from tokenwise.comparison.contexts import Contexts, read_contexts
 from tokenwise.comparison.long_context import take_back
-from tokenwise.comparison.visual_question_answering import cache_bytes
 from tokenwise.errors import InputError
+from tokenwise.models.cache_memory import cache_nbytes
 
 CONTROL, BASELINE, SEEDS = "random", "full", range(5)
 SCALED = {
@@ -167,7 +167,7 @@ def tried(
             model(first(parts, hidden), past_key_values=cache, logits_to_keep=1)
             stock = DynamicCache(config=model.config)
             model(first(parts, hidden), past_key_values=stock, logits_to_keep=1)
-            shares[keep] = cache.nbytes() / cache_bytes(stock)
+            shares[keep] = cache.nbytes() / cache_nbytes(stock)
             logits[keep] = written(model, cache, parts, hidden)
             hides = hasattr(cache, "with_keep")
     if not hides:

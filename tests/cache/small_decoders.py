@@ -71,3 +71,17 @@ def decoder(kind: str = "llama") -> torch.nn.Module:
 
 def prompt(tokens: int = 40, rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 100, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, ids=None, cache=None, **options):
+    """Some tokens written greedily, with their logits."""
+    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    options = options if ids is None else {"input_ids": ids, **options}
+    return model.generate(
+        past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
+    )
+
+
+def difference(one, other):
+    """The largest difference between the logits of two answers."""
+    return max(float((a - b).abs().max()) for a, b in zip(one.logits, other.logits, strict=True))

@@ -16,12 +16,6 @@ from tokenwise.signals.gumbel import gumbel_noise
 HEADS, KEY_HEADS, WIDTH = 4, 2, 6
 
 
-@pytest.fixture(autouse=True)
-def no_gradient():
-    with torch.no_grad():
-        yield
-
-
 def stored(tokens=23, pads=(0, 5), window=None, count=10, different=False, softcap=None, **fields):
     """Rows of tokens with the attention module that made them; `different`: each head stores others."""
     torch.manual_seed(0)

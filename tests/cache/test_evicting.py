@@ -1,29 +1,16 @@
 """The cache that evicts: exact at a full budget, equal to hiding, rows independent, memory freed, undone exactly."""
 
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from small_decoders import KINDS, decoder, prompt
+from small_decoders import KINDS, decoder, difference, generate, prompt
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import tokenwise as tw
+from small_vision_language import batch_for, vision_language
 from tokenwise.errors import InputError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reduction"))
-import small_vision_language
-
-pytestmark = pytest.mark.usefixtures("no_gradient")
-
-
-@pytest.fixture
-def no_gradient():
-    with torch.no_grad():
-        yield
-
 
 METHODS = {
     "snap_kv": lambda **fields: tw.SnapKV(**{"keep": 0.5, "queries": 8, **fields}),
@@ -46,18 +33,6 @@ METHODS = {
     "random": lambda **fields: tw.cache.Random(**{"keep": 0.5, **fields}),
 }
 ALLOCATIONS = ("evenly", "pyramid", "heads", "layers_and_heads")
-
-
-def generate(model, ids=None, cache=None, **options):
-    options = {"max_new_tokens": 6, "do_sample": False, **options}
-    options = options if ids is None else {"input_ids": ids, **options}
-    return model.generate(
-        past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
-    )
-
-
-def difference(one, other):
-    return max(float((a - b).abs().max()) for a, b in zip(one.logits, other.logits, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -318,9 +293,9 @@ def test_bf16():
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "qwen3_vl", "paligemma"])
 def test_the_language_part_of_a_vision_language_model(kind):
-    model = small_vision_language.vision_language(kind)
+    model = vision_language(kind)
     rows = [["a", 5], ["a", 8]] if kind == "paligemma" else [[3, "a", 2], [4, "a", 6]]
-    batch = small_vision_language.batch_for(kind, model, rows)
+    batch = batch_for(kind, model, rows)
 
     def answers(cache):
         return generate(model, cache=cache, eos_token_id=None, **batch)

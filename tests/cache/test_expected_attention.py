@@ -11,12 +11,6 @@ from tokenwise.models.rotary import find_rotary
 from tokenwise.models.tap import listen
 
 
-@pytest.fixture(autouse=True)
-def no_gradient():
-    with torch.no_grad():
-        yield
-
-
 def calls_of(model, ids):
     """The attention call of each layer, by index."""
     found, stops = {}, []

@@ -8,12 +8,6 @@ import tokenwise as tw
 from tokenwise.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def no_gradient():
-    with torch.no_grad():
-        yield
-
-
 def test_what_is_repeated():
     ids = torch.arange(10, 32).view(1, -1).repeat(2, 1)
     real = torch.arange(22) < torch.tensor([[22], [9]])

@@ -4,22 +4,13 @@ import gc
 
 import pytest
 import torch
-from small_decoders import KINDS, decoder, prompt
+from small_decoders import KINDS, decoder, difference, generate, prompt
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import tokenwise as tw
 from tokenwise.cache import CacheSelector, SelectingCache
 from tokenwise.errors import InputError
 from tokenwise.models.tap import listen
-
-pytestmark = pytest.mark.usefixtures("no_gradient")
-
-
-@pytest.fixture
-def no_gradient():
-    with torch.no_grad():
-        yield
-
 
 METHODS = {
     "quest": lambda **fields: tw.Quest(**{"keep": 0.5, "page": 4, "dense_layers": 1, **fields}),
@@ -30,17 +21,6 @@ METHODS = {
         **{"keep": "15 tokens", "sink": 2, "recent": 5, "similarity": 0.2, **fields}
     ),
 }
-
-
-def generate(model, ids, cache=None, **options):
-    options = {"max_new_tokens": 8, "do_sample": False, **options}
-    return model.generate(
-        ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
-    )
-
-
-def difference(one, other):
-    return max(float((a - b).abs().max()) for a, b in zip(one.logits, other.logits, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,7 +253,7 @@ def test_another_cache_is_none_of_its_business():
 def test_bytes_are_those_stored():
     model, ids = decoder("gemma2"), prompt(60)
     with tw.evict(model, METHODS["quest"]()) as cache:
-        generate(model, ids, cache)
+        generate(model, ids, cache, max_new_tokens=8)
         token = 2 * 32 * 4
         assert cache.full_nbytes() == token * (7 + 2 * 67)
         assert cache.full_nbytes() < cache.nbytes() == cache.stats["bytes"]

@@ -11,12 +11,6 @@ from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.tap import listen
 
 
-@pytest.fixture(autouse=True)
-def no_gradient():
-    with torch.no_grad():
-        yield
-
-
 def without(call, kept):
     """Set the channels of the keys that are not `kept` to zero."""
     shown = torch.zeros_like(call.key[:, :, :1], dtype=torch.bool).scatter_(3, kept.unsqueeze(2), True)

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from small_decoders import KINDS, decoder, prompt
+from small_decoders import KINDS, decoder, difference, generate, prompt
 
 import tokenwise as tw
 from tokenwise.errors import InputError
 from tokenwise.models.tiered_kv import TieredLayer
 from tokenwise.signals.packing import packed_nbytes
-
-pytestmark = pytest.mark.usefixtures("no_gradient")
-
-
-@pytest.fixture
-def no_gradient():
-    with torch.no_grad():
-        yield
-
 
 METHODS = {
     "snap_kv": lambda **fields: tw.SnapKV(**{"keep": 0.4, "queries": 8, **fields}),
@@ -24,17 +15,6 @@ METHODS = {
     "h2o": lambda **fields: tw.H2O(**{"keep": 0.4, "recent": 4, **fields}),
     "streaming_llm": lambda **fields: tw.StreamingLLM(**{"keep": 0.4, "positions": "original", **fields}),
 }
-
-
-def generate(model, ids, cache=None, **options):
-    options = {"max_new_tokens": 6, "do_sample": False, **options}
-    return model.generate(
-        ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
-    )
-
-
-def difference(one, other):
-    return max(float((a - b).abs().max()) for a, b in zip(one.logits, other.logits, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,17 +10,18 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.base import CachePolicy, StoredTokens
 from tokenwise.cache.padding import seen_columns
 from tokenwise.cache.refusals import narrows, problems_of, repeats, rotary_for
 from tokenwise.errors import InputError, Problem
-from tokenwise.method import Handle
+from tokenwise.models.cache_memory import layer_nbytes
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.ragged_kv import RaggedLayer
 from tokenwise.models.selective_kv import SelectiveLayer, take_channels, take_heads
-from tokenwise.models.tap import AttentionCall, listen
+from tokenwise.models.tap import AttentionCall
 from tokenwise.models.tiered_kv import TieredLayer
 from tokenwise.policies.budget import kept_count
 from tokenwise.policies.eviction import (
@@ -33,7 +34,7 @@ from tokenwise.policies.eviction import (
 from tokenwise.signals.packing import packed_nbytes
 
 
-class EvictingCache(Cache, Handle):
+class EvictingCache(ListeningCache):
     """A cache that stores the tokens a method keeps, and a handle that ends it.
 
     Layers that see a window of the tokens are left as they are: they store no more than their window anyway.
@@ -46,12 +47,9 @@ class EvictingCache(Cache, Handle):
             ``bytes``, and ``full_bytes``, what a cache of all tokens would take.
     """
 
-    layers: list[Any]
-
     def __init__(self, model: nn.Module, method: CachePolicy, masked: bool = False):
         attentions = cached_attentions(model)
-        Cache.__init__(self, layers=_layers(model))
-        Handle.__init__(self)
+        super().__init__(_layers(model))
         self.model = model
         self.method = method
         self.masked = masked
@@ -76,18 +74,11 @@ class EvictingCache(Cache, Handle):
         if problems:
             raise InputError(problems)
         self._rotary = rotary_for(model, method, self._attentions[self._places[0]])
+        self.attach(model, self._attentions)
         mine = weakref.ref(self)
-        for index in self._places:
-            self.on_undo(listen(attentions[index], _listener(mine, index)))
-        # Its innermost module, which is called however the model is.
-        whole: Any = model
-        inner = whole.get_decoder() if hasattr(model, "get_decoder") else model
-        hook = inner.register_forward_pre_hook(_beginner(mine), with_kwargs=True)
-        self.on_undo(hook.remove)
         if self._repeats:
             self.on_undo(model.register_forward_pre_hook(_checker(mine), with_kwargs=True).remove)
             self.on_undo(model.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
-        weakref.finalize(self, self._undos.close)
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -96,7 +87,9 @@ class EvictingCache(Cache, Handle):
 
     def nbytes(self) -> int:
         """Bytes that the stored keys and values take, of layers with a window, too."""
-        return sum(_nbytes(layer) for layer in self.layers)
+        return sum(
+            layer.nbytes() if isinstance(layer, SelectiveLayer) else layer_nbytes(layer) for layer in self.layers
+        )
 
     def kept(self, layer: int) -> Tensor:
         """Which of the tokens seen a layer stores.
@@ -227,7 +220,7 @@ class EvictingCache(Cache, Handle):
     def _thinned(self, layer: SelectiveLayer) -> bool:
         return layer.stored != layer.seen or layer.real is not None or isinstance(layer, TieredLayer)
 
-    def _begin(self, tokens: int) -> None:
+    def begin(self, tokens: int) -> None:
         """Before a pass of so many tokens through the model."""
         self._repair()
         if tokens == 1 and self._held and self.get_seq_length():
@@ -281,7 +274,7 @@ class EvictingCache(Cache, Handle):
                     elif layer.get_seq_length() > min(seen):
                         layer.crop(min(seen) - layer.get_seq_length())
 
-    def _attended(self, index: int, call: AttentionCall) -> None:
+    def attended(self, index: int, call: AttentionCall) -> None:
         layer = self._selective(index)
         if not layer.gave(call.key):
             return
@@ -301,13 +294,14 @@ class EvictingCache(Cache, Handle):
             if mask is not None and mask.shape[1] > 1:
                 mask = mask.repeat_interleave(call.query.shape[1] // mask.shape[1], 1)
             call.mask = mask
-        if self._idle or (not reading and method.interval is None):
-            return
-        if self._again is not None:
-            self._attended_again(index, layer, call, whole)
-            return
-        self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
-        call.after.append(lambda: self._computed(index, call, whole, reading))
+        if not self._idle and (reading or method.interval is not None):
+            if self._again is not None:
+                self._attended_again(index, layer, call, whole)
+            else:
+                self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
+                call.after.append(lambda: self._computed(index, call, whole, reading))
+        if isinstance(layer, TieredLayer):
+            call.after.append(layer.release)
 
     @torch.no_grad()
     def _computed(self, index: int, call: AttentionCall, whole: Tensor | None, reading: bool) -> None:
@@ -699,7 +693,7 @@ class EvictingCache(Cache, Handle):
         full = 0
         for index, layer in enumerate(self.layers):
             if index not in self._attentions:
-                full += _nbytes(layer)
+                full += layer_nbytes(layer)
             elif layer.seen:
                 full += layer.token_nbytes * layer.seen
                 channels = layer.notes.get("channels")
@@ -707,29 +701,6 @@ class EvictingCache(Cache, Handle):
                     dropped = self._key_width - channels.shape[2]
                     full += channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize * layer.seen
         return full
-
-
-def _listener(cache: weakref.ref[EvictingCache], index: int) -> Any:
-    def hear(call: AttentionCall) -> None:
-        found = cache()
-        if found is not None:
-            found._attended(index, call)
-            layer = found.layers[index]
-            if isinstance(layer, TieredLayer):
-                call.after.append(layer.release)
-
-    return hear
-
-
-def _beginner(cache: weakref.ref[EvictingCache]) -> Any:
-    # A hook that is removed while hooks are running is called once more, without the options.
-    def begin(module: nn.Module, args: tuple[Any, ...], options: Any = None) -> None:
-        found = cache()
-        if found is not None and options is not None and any(value is found for value in (*args, *options.values())):
-            given = [*args[:1], options.get("input_ids"), options.get("inputs_embeds")]
-            found._begin(next((tokens.shape[1] for tokens in given if tokens is not None), 0))
-
-    return begin
 
 
 def _checker(cache: weakref.ref[EvictingCache]) -> Any:
@@ -755,13 +726,6 @@ def _layers(model: nn.Module) -> list[Any]:
     config: Any = model.config
     stock = DynamicCache(config=config).layers
     return [SelectiveLayer() if type(layer) is DynamicLayer else layer for layer in stock]
-
-
-def _nbytes(layer: Any) -> int:
-    if isinstance(layer, SelectiveLayer):
-        return layer.nbytes()
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(values.nbytes for values in held if isinstance(values, Tensor))
 
 
 def _without_hidden(layer: SelectiveLayer) -> SelectiveLayer:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokenwise.cache.base import CachePolicy
+from tokenwise.cache.base import CacheMethod, CachePolicy
 from tokenwise.errors import Problem
 from tokenwise.models.rotary import Rotary, find_rotary
 
@@ -20,6 +21,35 @@ def narrows(method: CachePolicy) -> bool:
 def repeats(method: CachePolicy, masked: bool) -> bool:
     """Whether the prompt is read a second time."""
     return "repetition" in method.reads and (masked or method.keep != 1.0)
+
+
+def basic_problems(model: nn.Module, method: CacheMethod, places: Sequence[int], last: int) -> list[Problem]:
+    """Why a cache cannot keep, or read, a part of what a model stores.
+
+    Args:
+        places: the layers that it would do so in.
+        last: tokens at the end that stay, or are read, whatever their score.
+    """
+    problems, keep = [], method.keep
+    if not places:
+        problems.append(
+            Problem(
+                "model",
+                f"{type(model).__name__} has no layer whose cache holds all tokens.",
+                "There is nothing to choose from in layers that store a window of the tokens, or a state.",
+            )
+        )
+    if isinstance(keep, str) and keep.endswith("tokens") and int(keep.split()[0]) < max(method.protects, 1):
+        what = "stay whatever their score" if method.mode == "evict" else "are always read"
+        problems.append(
+            Problem(
+                f"{type(method).__name__}.keep",
+                f"{keep!r} is less than the {method.protects} tokens that {what} (sink {method.sink}, at the end "
+                f"{last}).",
+                "Keep more, or protect less.",
+            )
+        )
+    return problems
 
 
 def problems_of(
@@ -35,24 +65,8 @@ def problems_of(
     name, places = type(method).__name__, list(attentions)
     refusals = (method.refuses(attention) for attention in attentions.values())
     problems = [problem for problem in refusals if problem is not None][:1]
-    if not places:
-        problems.append(
-            Problem(
-                "model",
-                f"{type(model).__name__} has no layer whose cache holds all tokens.",
-                "Nothing can be evicted from layers that store a window of the tokens, or a state.",
-            )
-        )
+    problems += basic_problems(model, method, places, max(method.recent, method.window))
     keep = method.keep
-    if isinstance(keep, str) and keep.endswith("tokens") and int(keep.split()[0]) < max(method.protects, 1):
-        problems.append(
-            Problem(
-                f"{name}.keep",
-                f"{keep!r} is less than the {method.protects} tokens that stay whatever their score "
-                f"(sink {method.sink}, at the end {max(method.recent, method.window)}).",
-                "Keep more, or protect less.",
-            )
-        )
     if isinstance(keep, str) and keep.endswith("bytes") and places:
         config = attentions[places[0]].config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.base import CacheSelector, StoredTokens
 from tokenwise.cache.padding import seen_columns
-from tokenwise.errors import InputError, Problem
-from tokenwise.method import Handle
+from tokenwise.cache.refusals import basic_problems
+from tokenwise.errors import InputError
+from tokenwise.models.cache_memory import layer_nbytes
 from tokenwise.models.decoders import cached_attentions
 from tokenwise.models.growing_kv import GrowingLayer
 from tokenwise.models.selective_kv import hidden_value
-from tokenwise.models.tap import AttentionCall, listen
+from tokenwise.models.tap import AttentionCall
 
 
-class SelectingCache(Cache, Handle):
+class SelectingCache(ListeningCache):
     """A cache of all tokens whose attention reads those a method selects, and a handle that ends it.
 
     Layers that see a window of the tokens are left as they are. Undone, it goes on as a cache that is read whole.
@@ -32,14 +33,11 @@ class SelectingCache(Cache, Handle):
             row that reads most), ``bytes``, and ``full_bytes``, what a stock cache would take.
     """
 
-    layers: list[Any]
-
     def __init__(self, model: nn.Module, method: CacheSelector, masked: bool = False):
         attentions = cached_attentions(model)
         config: Any = model.config
         stock = DynamicCache(config=config).layers
-        Cache.__init__(self, layers=[GrowingLayer() if type(layer) is DynamicLayer else layer for layer in stock])
-        Handle.__init__(self)
+        super().__init__([GrowingLayer() if type(layer) is DynamicLayer else layer for layer in stock])
         self.model = model
         self.method = method
         self.masked = masked
@@ -51,38 +49,19 @@ class SelectingCache(Cache, Handle):
         # What a layer reads is copied to the same memory as what the one before it read: to get new memory from the
         # system takes longer than the attention.
         self._memory: list[Tensor] = []
-        if not self.places:
-            raise InputError(
-                Problem(
-                    "model",
-                    f"{type(model).__name__} has no layer whose cache holds all tokens.",
-                    "There is nothing to select from in layers that store a window of the tokens, or a state.",
-                )
-            )
-        keep = method.keep
-        if isinstance(keep, str) and int(keep.split()[0]) < method.protects:
-            raise InputError(
-                Problem(
-                    f"{type(method).__name__}.keep",
-                    f"{keep!r} is less than the {method.protects} tokens that are always read "
-                    f"(sink {method.sink}, at the end {method.recent}).",
-                    "Keep more, or protect less.",
-                )
-            )
-        mine = weakref.ref(self)
-        for index in self.places:
-            self.on_undo(listen(attentions[index], _listener(mine, index)))
-        self.on_undo(model.register_forward_pre_hook(_repairer(mine)).remove)
-        weakref.finalize(self, self._undos.close)
+        problems = basic_problems(model, method, self.places, method.recent)
+        if problems:
+            raise InputError(problems)
+        self.attach(model, {index: attentions[index] for index in self.places})
 
     def nbytes(self) -> int:
         """Bytes that keys and values take, with layers of a window, room for new tokens, and what was read last."""
-        layers = (layer.nbytes() if isinstance(layer, GrowingLayer) else _plain_nbytes(layer) for layer in self.layers)
+        layers = (layer.nbytes() if isinstance(layer, GrowingLayer) else layer_nbytes(layer) for layer in self.layers)
         return sum(layers) + sum(values.nbytes for values in self._memory)
 
     def full_nbytes(self) -> int:
         """Bytes that a stock cache of all tokens seen would take."""
-        return sum(_plain_nbytes(layer) for layer in self.layers)
+        return sum(layer_nbytes(layer) for layer in self.layers)
 
     def kept(self, layer: int) -> Tensor:
         """Which of the tokens seen the last step read.
@@ -111,7 +90,7 @@ class SelectingCache(Cache, Handle):
         self._read.clear()
         self._memory.clear()
 
-    def _repair(self) -> None:
+    def begin(self, tokens: int) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
         seen = self.get_seq_length()
         for layer in self.layers:
@@ -120,7 +99,7 @@ class SelectingCache(Cache, Handle):
             elif layer.get_seq_length() > seen:
                 layer.crop(seen - layer.get_seq_length())
 
-    def _attended(self, index: int, call: AttentionCall) -> None:
+    def attended(self, index: int, call: AttentionCall) -> None:
         layer: GrowingLayer = self.layers[index]
         if not layer.gave(call.key):
             return
@@ -210,26 +189,3 @@ def _mask(call: AttentionCall, places: Tensor, padded: bool, masked: bool) -> Te
         if padded or masked:
             found = torch.where(real, found, hidden_value(found.dtype))
     return found.repeat_interleave(group, 1) if found.shape[1] > 1 else found
-
-
-def _plain_nbytes(layer: Any) -> int:
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(values.nbytes for values in held if isinstance(values, Tensor))
-
-
-def _listener(cache: weakref.ref[SelectingCache], index: int) -> Any:
-    def hear(call: AttentionCall) -> None:
-        found = cache()
-        if found is not None:
-            found._attended(index, call)
-
-    return hear
-
-
-def _repairer(cache: weakref.ref[SelectingCache]) -> Any:
-    def repair(module: nn.Module, args: Any) -> None:
-        found = cache()
-        if found is not None:
-            found._repair()
-
-    return repair

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from tokenwise.models import load
 from tokenwise.models.token_text import token_texts
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @dataclass(frozen=True)
@@ -148,11 +147,12 @@ def _try(
     from transformers import DynamicCache
 
     from tokenwise.cache.apply import evict
+    from tokenwise.comparison.clock import now
 
     prompt = torch.tensor([ids], device=model.device)
 
     def answer(cache: Any) -> tuple[str, float]:
-        start = _now(model.device)
+        start = now(model.device)
         whole = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -162,7 +162,7 @@ def _try(
             num_beams=1,
             pad_token_id=load.padding_id(tokenizer),
         )
-        seconds = _now(model.device) - start
+        seconds = now(model.device) - start
         return tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True), seconds
 
     # The first of the two rounds warms up.
@@ -187,11 +187,3 @@ def _try(
 
 def _percent(share: float) -> str:
     return f"{plain(100 * share, 0)}%"
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

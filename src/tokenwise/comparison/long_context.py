@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -16,13 +15,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from tokenwise.cache.apply import evict
 from tokenwise.cache.full import Full
+from tokenwise.comparison.clock import now
 from tokenwise.comparison.contexts import Contexts
 from tokenwise.comparison.memory import PeakMemory
 from tokenwise.comparison.quality import ContinuationQuality, Quality, RecallQuality
 from tokenwise.comparison.records import Costs, Job, Result
 from tokenwise.comparison.training import Progress, RunFailed, build_method, versions_of
-from tokenwise.comparison.visual_question_answering import cache_bytes
 from tokenwise.models import load
+from tokenwise.models.cache_memory import cache_nbytes
 
 WARM = 2
 """Rows before anything is timed; memory is measured on them."""
@@ -232,8 +232,8 @@ def _costs(reader: Reader) -> Costs:
         tokens, stats = first.shape[1], getattr(cache, "stats", {})
         stored.append(
             {
-                "cache_bytes": cache.nbytes() if hasattr(cache, "nbytes") else cache_bytes(cache),
-                "full_cache_bytes": cache_bytes(full),
+                "cache_bytes": cache.nbytes() if hasattr(cache, "nbytes") else cache_nbytes(cache),
+                "full_cache_bytes": cache_nbytes(full),
                 "tokens_before": tokens,
                 "tokens_after": stats.get("tokens_stored", tokens),
             }
@@ -244,11 +244,11 @@ def _costs(reader: Reader) -> Costs:
         first = reader.first(chosen[number % len(chosen)])
         for name in ("full", "evicting") if number % 2 == 0 else ("evicting", "full"):
             cache = reader.cache(full=name == "full")
-            start = _now(reader.model.device)
+            start = now(reader.model.device)
             reader.forward(first, cache)
-            read = _now(reader.model.device)
+            read = now(reader.model.device)
             reader.write(cache, first[:, -1:], STEPS)
-            written = _now(reader.model.device)
+            written = now(reader.model.device)
             if number >= 0:
                 times.setdefault(f"{name} read", []).append(read - start)
                 times.setdefault(f"{name} written", []).append(written - read)
@@ -264,9 +264,3 @@ def _costs(reader: Reader) -> Costs:
         cache_bytes=mean["cache_bytes"],
         full_cache_bytes=mean["full_cache_bytes"],
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

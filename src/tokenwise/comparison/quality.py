@@ -7,7 +7,7 @@ replacement then is one matrix product, whatever the function. The measure that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -135,7 +135,24 @@ BITS = Measure("bits/byte", "bits/byte")
 
 
 @dataclass
-class TextLoss(Quality):
+class _TokenLosses(Quality):
+    """Losses of texts; ranked by the loss of their tokens."""
+
+    nll: list[float]
+    tokens: list[int]
+
+    def columns(self) -> Array:
+        return np.array([self.nll, self.tokens], dtype=np.float64).T
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def identity(self) -> Hashable:
+        return tuple(self.tokens)
+
+
+@dataclass
+class TextLoss(_TokenLosses):
     """Loss of held-out documents.
 
     Args:
@@ -144,8 +161,6 @@ class TextLoss(Quality):
         bytes: UTF-8 bytes of each document that these labels cover.
     """
 
-    nll: list[float]
-    tokens: list[int]
     bytes: list[int]
     kind: Literal["text_loss"] = "text_loss"
 
@@ -171,15 +186,6 @@ class TextLoss(Quality):
     def details(self) -> dict[Measure, float]:
         return {BITS: self.bits_per_byte}
 
-    def columns(self) -> Array:
-        return np.array([self.nll, self.tokens], dtype=np.float64).T
-
-    def of_sums(self, sums: Array) -> Array:
-        return np.asarray(sums[..., 0] / sums[..., 1])
-
-    def identity(self) -> Hashable:
-        return tuple(self.tokens)
-
     @property
     def held_out(self) -> str:
         return f"{_count(len(self.tokens), 'document')}, {sum(self.tokens):,} tokens"
@@ -201,18 +207,32 @@ WRONG_ANSWERS = _percent(
 
 
 @dataclass
-class _WrittenAnswers(Quality):
-    """Answers that a model wrote beside those expected; ranked by the share of wrong ones."""
+class _WrongAnswers(Quality):
+    """Answers that are right or wrong; ranked by the share of wrong ones."""
+
+    @property
+    @abstractmethod
+    def wrong(self) -> Sequence[bool]:
+        """Of each item whether its answer is wrong."""
+
+    def columns(self) -> Array:
+        return np.array([[100.0 * wrong, 1.0] for wrong in self.wrong])
+
+    def of_sums(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+
+@dataclass
+class _WrittenAnswers(_WrongAnswers):
+    """Answers that a model wrote beside those expected."""
 
     nll: list[float]
     tokens: list[int]
     correct: list[bool]
 
-    def columns(self) -> Array:
-        return np.array([[100.0 * (not right), 1.0] for right in self.correct])
-
-    def of_sums(self, sums: Array) -> Array:
-        return np.asarray(sums[..., 0] / sums[..., 1])
+    @property
+    def wrong(self) -> Sequence[bool]:
+        return [not right for right in self.correct]
 
     def identity(self) -> Hashable:
         return tuple(self.tokens)
@@ -353,7 +373,7 @@ AGREEMENT = _percent("agreement", "The share of images that are given the class 
 
 
 @dataclass
-class ImageQuality(Quality):
+class ImageQuality(_WrongAnswers):
     """Classes that a model gives images.
 
     Args:
@@ -378,12 +398,9 @@ class ImageQuality(Quality):
     def measure(self) -> Measure:
         return IMAGE_ERROR
 
-    def columns(self) -> Array:
-        wrong = np.not_equal(self.labels, self.predictions)
-        return np.stack([100.0 * wrong, np.ones(len(wrong))], axis=1)
-
-    def of_sums(self, sums: Array) -> Array:
-        return np.asarray(sums[..., 0] / sums[..., 1])
+    @property
+    def wrong(self) -> Sequence[bool]:
+        return [label != said for label, said in zip(self.labels, self.predictions, strict=True)]
 
     def identity(self) -> Hashable:
         return tuple(self.labels)
@@ -483,7 +500,7 @@ CONTINUATION_LOSS = Measure(
 
 
 @dataclass
-class ContinuationQuality(Quality):
+class ContinuationQuality(_TokenLosses):
     """Loss of what follows long contexts.
 
     Args:
@@ -491,8 +508,6 @@ class ContinuationQuality(Quality):
         tokens: of each continuation.
     """
 
-    nll: list[float]
-    tokens: list[int]
     kind: Literal["continuation"] = "continuation"
 
     item: ClassVar[str] = "text"
@@ -500,15 +515,6 @@ class ContinuationQuality(Quality):
     @property
     def measure(self) -> Measure:
         return CONTINUATION_LOSS
-
-    def columns(self) -> Array:
-        return np.array([self.nll, self.tokens], dtype=np.float64).T
-
-    def of_sums(self, sums: Array) -> Array:
-        return np.asarray(sums[..., 0] / sums[..., 1])
-
-    def identity(self) -> Hashable:
-        return tuple(self.tokens)
 
     @property
     def held_out(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jinja2
 import torch
 from PIL import Image
 
+from tokenwise.comparison.clock import now
 from tokenwise.comparison.formatting import duration, plain, ratio
 from tokenwise.comparison.pictures import draw, encode, picture_of, selected, selection_of
 from tokenwise.errors import InputError, Problem
@@ -253,9 +253,9 @@ def _both(
         for repeat in range(repeats + 1):
             for reduced in (False, True):
                 with reduce(model, method) if reduced else nullcontext() as made:
-                    start = _now(model.device)
+                    start = now(model.device)
                     answers[reduced] = answer()
-                    seconds = _now(model.device) - start
+                    seconds = now(model.device) - start
                 handle = made if reduced else handle
                 if repeat:
                     times[reduced].append(seconds)
@@ -264,12 +264,6 @@ def _both(
 
 def _device() -> Any:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def write_picture(trial: Trial, path: Path) -> None:

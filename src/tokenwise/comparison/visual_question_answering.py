@@ -23,6 +23,7 @@ from tokenwise.comparison.quality import QuestionQuality
 from tokenwise.comparison.questions import Questions
 from tokenwise.comparison.records import Costs, Job, Result
 from tokenwise.comparison.training import Progress, RunFailed, build_method, versions_of
+from tokenwise.models.cache_memory import cache_nbytes
 from tokenwise.models.flops import FlopMeter
 from tokenwise.models.questions import QuestionInputs, load_vision_language
 from tokenwise.models.vision_language import vision_language_model
@@ -229,7 +230,7 @@ def _meter(asked: _Asked) -> Costs:
         found.append(
             {
                 "flops": meter.flops,
-                "cache_bytes": cache_bytes(output.past_key_values),
+                "cache_bytes": cache_nbytes(output.past_key_values),
                 "tokens_before": before,
                 "tokens_after": after,
                 "token_share": share,
@@ -254,16 +255,6 @@ def _left(handle: Any, before: int) -> tuple[int, float]:
         assert handle.last is not None
         return handle.last.counts[0], handle.stats["mean_share"]
     return before, 1.0
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the memory that holds the keys and values of all layers, whatever part of it they use."""
-    held: dict[int, int] = {}
-    for layer in cache.layers:
-        for values in (layer.keys, layer.values):
-            storage = values.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())
 
 
 def _example(asked: _Asked, written: list[str]) -> dict[str, list[Any]] | None:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from tokenwise.models.selective_kv import append, spare_places
+from tokenwise.models.selective_kv import FollowingLayer, append, spare_places
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(FollowingLayer):
     """Stores all tokens in memory that has room for more, so that a new one copies none of the others.
 
     Attributes:
@@ -94,15 +93,6 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.pads, self.padded, self.notes, self._held = None, False, {}, None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(lambda values: values.index_select(0, beam_idx.to(values.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda values: values.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda values: values[indices.to(values.device)])
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._held is None:

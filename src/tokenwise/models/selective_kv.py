@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,24 @@ def spare_places(stored: int) -> int:
     return min(max(stored // 16, 1), 64)
 
 
-class SelectiveLayer(DynamicLayer):
+class FollowingLayer(DynamicLayer):
+    """A layer of which more than keys and values follows the rows of a batch when beams are reordered."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(lambda values: values.index_select(0, beam_idx.to(values.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rows(lambda values: values.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rows(lambda values: values[indices.to(values.device)])
+
+    @abstractmethod
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of all that is stored for a batch."""
+
+
+class SelectiveLayer(FollowingLayer):
     """Stores the keys and values of some of the tokens it has seen, for each head those of its own.
 
     Lengths are those of all tokens seen, so that positions and masks are made as for a full cache; `mask` then takes
@@ -241,15 +259,6 @@ class SelectiveLayer(DynamicLayer):
                     "Generate without assisted decoding.",
                 )
             )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(lambda values: values.index_select(0, beam_idx.to(values.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda values: values.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda values: values[indices.to(values.device)])
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self._roomy = None
