@@ -43,8 +43,9 @@ class EvictingCache(ListeningCache):
         model: the model whose attention it listens to.
         method: the method.
         masked: whether all tokens stay stored and the others are hidden.
-        stats: ``tokens_seen`` (columns, padding included), ``tokens_stored`` (mean over rows, layers and heads),
-            ``bytes``, and ``full_bytes``, what a cache of all tokens would take.
+        stats: as of the last time that tokens were, or could have been, evicted: ``tokens_seen`` (columns, padding
+            included), ``tokens_stored`` (mean over rows, layers and heads), ``bytes``, and ``full_bytes``, what a cache
+            of all tokens would take.
     """
 
     def __init__(self, model: nn.Module, method: CachePolicy, masked: bool = False):
@@ -63,7 +64,6 @@ class EvictingCache(ListeningCache):
         self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
         self._held = False
-        self._ended = False
         self._repeats = repeats(method, masked)
         self._narrows = narrows(method)
         self._again: Tensor | None = None
@@ -74,11 +74,11 @@ class EvictingCache(ListeningCache):
         if problems:
             raise InputError(problems)
         self._rotary = rotary_for(model, method, self._attentions[self._places[0]])
-        self.attach(model, self._attentions)
+        self._decoder = self.attach(model, self._attentions)
         mine = weakref.ref(self)
         if self._repeats:
-            self.on_undo(model.register_forward_pre_hook(_checker(mine), with_kwargs=True).remove)
-            self.on_undo(model.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
+            self.on_undo(self._decoder.register_forward_pre_hook(_checker(mine), with_kwargs=True).remove)
+            self.on_undo(self._decoder.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -170,11 +170,14 @@ class EvictingCache(ListeningCache):
                 layer.crop(-tokens)
             elif layer.seen:
                 layer.notes["counted"] = layer.notes["counted"] - tokens
+                unrepeated = layer.notes.pop("unrepeated", None)
+                if unrepeated is not None and unrepeated.shape[1] > tokens:
+                    layer.notes["unrepeated"] = unrepeated[:, :-tokens]
                 layer.take_back(layer.seen - tokens)
                 self._evicted_at[index] = min(self._evicted_at.get(index, 0), layer.seen)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
-        if self._ended and layer_idx in self._attentions and self._changed(self._selective(layer_idx)):
+        if not self._heard and layer_idx in self._attentions and self._changed(self._selective(layer_idx)):
             raise InputError(
                 Problem(
                     "past_key_values",
@@ -186,7 +189,20 @@ class EvictingCache(ListeningCache):
             key_states = self._narrowed(self._selective(layer_idx), key_states)
         return super().update(key_states, value_states, layer_idx, *args, **options)
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last tokens can be taken back without a trace, as they can where none is ever evicted."""
+        return self._idle and super().is_croppable
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self._idle and tokens_to_remove < 0:
+            self.take_back(-tokens_to_remove)
+        else:
+            super().crop(tokens_to_remove)
+
     def activate_past_recording(self) -> None:
+        if self._idle:
+            return super().activate_past_recording()
         raise InputError(
             Problem(
                 "past_key_values",
@@ -194,10 +210,6 @@ class EvictingCache(ListeningCache):
                 "Generate without an assistant.",
             )
         )
-
-    def undo(self) -> None:
-        self._ended = True
-        super().undo()
 
     def reset(self) -> None:
         super().reset()
@@ -266,6 +278,8 @@ class EvictingCache(ListeningCache):
                 if min(seen) == 0:
                     self.layers[index] = SelectiveLayer()
                 elif layer.seen > min(seen):
+                    # Rows count as many tokens in every layer.
+                    layer.notes["counted"] = self._selective(self._places[seen.index(min(seen))]).notes["counted"]
                     layer.take_back(min(seen))
             for index, layer in enumerate(self.layers):
                 if index not in self._attentions:
@@ -276,8 +290,6 @@ class EvictingCache(ListeningCache):
 
     def attended(self, index: int, call: AttentionCall) -> None:
         layer = self._selective(index)
-        if not layer.gave(call.key):
-            return
         method, tokens, whole = self.method, call.query.shape[2], call.mask
         reading = tokens > 1 or layer.seen == tokens
         if self._again is not None:
@@ -300,6 +312,8 @@ class EvictingCache(ListeningCache):
             else:
                 self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
                 call.after.append(lambda: self._computed(index, call, whole, reading))
+        elif self._idle and reading and index == self._places[-1]:
+            self._note_sizes()
         if isinstance(layer, TieredLayer):
             call.after.append(layer.release)
 
@@ -324,7 +338,7 @@ class EvictingCache(ListeningCache):
         )
 
     def _prompt_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-        """Ids and mask of a pass of the model with this cache, where the prompt is to be repeated."""
+        """Ids and mask of a pass of the decoder with this cache, where the prompt is to be repeated."""
         if not self._repeats or self._again is not None:
             return None
         if not any(value is self for value in (*args, *options.values())):
@@ -343,7 +357,7 @@ class EvictingCache(ListeningCache):
         return ids, mask
 
     def _has_read(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """After a pass of the model."""
+        """After a pass of the decoder."""
         prompt = self._prompt_of(args, options)
         if prompt is None:
             return
@@ -363,7 +377,6 @@ class EvictingCache(ListeningCache):
         # In each row what counts is moved to the front.
         order = (~real).long().argsort(dim=1, stable=True)
         columns = seen - ids.shape[1] + order
-        inner: Any = getattr(self.model, "base_model", self.model)
         windows = {index: layer for index, layer in enumerate(self.layers) if index not in self._attentions}
         try:
             for more, repeats in self.method.repetitions(ids.gather(1, order), real.gather(1, order)):
@@ -375,7 +388,7 @@ class EvictingCache(ListeningCache):
                     options["attention_mask"] = torch.cat([mask, (repeats > -2).to(mask.dtype)], 1)
                 if place is not None:
                     options["position_ids"] = place + 1 + torch.arange(more.shape[1], device=more.device)
-                inner(input_ids=more, past_key_values=self, use_cache=True, **options)
+                self._decoder(input_ids=more, past_key_values=self, use_cache=True, **options)
         finally:
             self._again = None
             for index, layer in windows.items():

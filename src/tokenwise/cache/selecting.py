@@ -101,8 +101,6 @@ class SelectingCache(ListeningCache):
 
     def attended(self, index: int, call: AttentionCall) -> None:
         layer: GrowingLayer = self.layers[index]
-        if not layer.gave(call.key):
-            return
         method, tokens = self.method, call.query.shape[2]
         first = layer.seen == tokens
         if first or tokens > 1 or layer.pads is None:

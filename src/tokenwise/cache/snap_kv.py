@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tokenwise.cache.base import CachePolicy, StoredTokens
 from tokenwise.method import Card, Paper
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError(f"is even, and as many tokens are read on either side; write {value - 1} or {value + 1}")
+    return value
 
 
 class SnapKV(CachePolicy):
@@ -27,7 +33,7 @@ class SnapKV(CachePolicy):
 
     queries: Annotated[int, Field(ge=1)] = 64
     """The last queries whose attention is read; a shorter prompt has all of them read."""
-    kernel: Annotated[int, Field(ge=1)] = 5
+    kernel: Annotated[int, Field(ge=1), AfterValidator(_odd)] = 5
     """Tokens over which scores are averaged; odd."""
 
     @property

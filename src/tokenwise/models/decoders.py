@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +95,10 @@ def cached_attentions(model: Any) -> dict[int, nn.Module]:
 
     Raises:
         InputError: when there are none that transformers' attention interface serves, or some of them read what an
-            encoder gives.
+            encoder gives, or what another layer stores.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(Problem("model", f"{model!r} is no model.", "Load one with transformers."))
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
@@ -108,14 +111,15 @@ def cached_attentions(model: Any) -> dict[int, nn.Module]:
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         message = f"{type(model).__name__} is compiled: nothing can listen to its attention."
         raise InputError(Problem("model", message, "Give the model as it was before torch.compile."))
-    found = {
-        module.layer_idx: module
+    found: dict[int, nn.Module] = {
+        module.layer_idx: module  # type: ignore[misc]
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and hasattr(getattr(module, "config", None), "_attn_implementation")
         and not {"past_key_values", "layer_past"}.isdisjoint(inspect.signature(module.forward).parameters)
         # A prompt may be read in both directions, as PaliGemma does: but what generates goes forward.
         and (getattr(module, "is_causal", False) or hasattr(model, "generate"))
+        and _is_served(module)
     }
     if not found:
         raise InputError(
@@ -126,7 +130,22 @@ def cached_attentions(model: Any) -> dict[int, nn.Module]:
                 "that transformers' AttentionInterface gives for config._attn_implementation.",
             )
         )
+    if any(getattr(module, "is_kv_shared_layer", False) for module in found.values()):
+        raise InputError(
+            Problem(
+                "model",
+                f"{type(model).__name__} has layers that read the keys of another layer.",
+                "Use a model each of whose layers stores its own.",
+            )
+        )
     return found
+
+
+def _is_served(module: nn.Module) -> bool:
+    """Whether the file of an attention module, or of a class it is made from, names transformers' attention
+    interface: some models choose the function themselves."""
+    names = {"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"}
+    return any(not names.isdisjoint(vars(sys.modules[kind.__module__])) for kind in type(module).__mro__)
 
 
 def output_projection(module: Any) -> Tensor | None:

@@ -33,6 +33,11 @@ class GrowingLayer(FollowingLayer):
         return self.get_seq_length()
 
     @property
+    def rows(self) -> int | None:
+        """How many rows the batch has; None before the first token."""
+        return None if self._held is None else self._held[0].shape[0]
+
+    @property
     def token_nbytes(self) -> int:
         """Bytes that one token of every row takes in all heads."""
         assert self.keys is not None

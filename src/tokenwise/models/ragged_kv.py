@@ -57,6 +57,10 @@ class RaggedLayer(SelectiveLayer):
         return int(self.lengths.max())
 
     @property
+    def rows(self) -> int | None:
+        return self.lengths.shape[0]
+
+    @property
     def key_heads(self) -> int:
         return self.lengths.shape[1]
 

@@ -72,6 +72,11 @@ class SelectiveLayer(FollowingLayer):
         return 0 if self.positions is None else self.positions.shape[2]
 
     @property
+    def rows(self) -> int | None:
+        """How many rows the batch has; None before the first token."""
+        return None if self.positions is None else self.positions.shape[0]
+
+    @property
     def key_heads(self) -> int:
         """How many heads have keys of their own."""
         assert self.keys is not None
