@@ -46,6 +46,7 @@ class StoredTokens:
         notes: what it knows of each row, by name, each [batch, ...]. ``queries`` where it reads them: the last
             `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim]. While tokens are scored,
             ``counts``: how many of them each head is to keep, [batch], int64, were the layer's budget shared evenly.
+            ``given`` where the user protects tokens: which columns, [batch, any], bool.
             ``repeats`` while the prompt is repeated, where the method reads it: the column of the token that each query
             repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
         rotary: how the model turns queries and keys, where the method reads it.
@@ -218,8 +219,11 @@ class CachePolicy(CacheMethod):
         """Which of the tokens that are scored stay whatever their score, [batch, key heads or 1, stored], bool."""
         from tokenwise.policies.eviction import protected
 
-        recent = self.last(tokens.notes["counts"])
-        return protected(tokens.positions, tokens.pads, tokens.seen, self.sink, recent)
+        counts, given = tokens.notes["counts"], tokens.notes.get("given")
+        if given is not None:
+            # A share of the budget for the last tokens is one of what the given ones leave.
+            counts = counts - given.sum(1)
+        return protected(tokens.positions, tokens.pads, tokens.seen, self.sink, self.last(counts), given)
 
     def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
         """Look at an attention call, after the new tokens are stored: the place to note something in ``tokens.tracks``

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.base import CachePolicy, StoredTokens
 from tokenwise.cache.padding import seen_columns
-from tokenwise.cache.refusals import narrows, problems_of, repeats, rotary_for
+from tokenwise.cache.refusals import narrows, problems_of, protection_problems, repeats, rotary_for
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.cache_memory import layer_nbytes
 from tokenwise.models.decoders import cached_attentions
@@ -27,6 +27,7 @@ from tokenwise.policies.budget import kept_count
 from tokenwise.policies.eviction import (
     best_of_all,
     best_of_each_head,
+    protected,
     pyramid_counts,
     tier_counts,
     worst_of_each_head,
@@ -43,17 +44,19 @@ class EvictingCache(ListeningCache):
         model: the model whose attention it listens to.
         method: the method.
         masked: whether all tokens stay stored and the others are hidden.
+        protect: tokens of the prompt that stay whatever their score, or None.
         stats: as of the last time that tokens were, or could have been, evicted: ``tokens_seen`` (columns, padding
             included), ``tokens_stored`` (mean over rows, layers and heads), ``bytes``, and ``full_bytes``, what a cache
             of all tokens would take.
     """
 
-    def __init__(self, model: nn.Module, method: CachePolicy, masked: bool = False):
+    def __init__(self, model: nn.Module, method: CachePolicy, masked: bool = False, protect: Tensor | None = None):
         attentions = cached_attentions(model)
         super().__init__(_layers(model))
         self.model = model
         self.method = method
         self.masked = masked
+        self.protect = protect
         self._places = [
             index for index, layer in enumerate(self.layers) if type(layer) is SelectiveLayer and index in attentions
         ]
@@ -71,6 +74,7 @@ class EvictingCache(ListeningCache):
         self._key_width = 0
         self._last: tuple[Tensor | None, Tensor | None] = (None, None)
         problems = problems_of(model, method, self.layers, self._attentions, masked)
+        problems += protection_problems(protect)
         if problems:
             raise InputError(problems)
         self._rotary = rotary_for(model, method, self._attentions[self._places[0]])
@@ -147,7 +151,7 @@ class EvictingCache(ListeningCache):
                     "Read the prompt with tw.evict(model, method.replace(keep=1.0), masked=True).",
                 )
             )
-        other = EvictingCache(self.model, self.method.replace(keep=keep), masked=True)
+        other = EvictingCache(self.model, self.method.replace(keep=keep), masked=True, protect=self.protect)
         for index, layer in enumerate(self.layers):
             other.layers[index] = _shared(layer)
         other._calls, other._observed_at = dict(self._calls), dict(self._observed_at)
@@ -296,6 +300,7 @@ class EvictingCache(ListeningCache):
             pass
         elif reading:
             self._note_padding(layer, call)
+            self._note_given(layer)
         else:
             layer.notes["counted"] = layer.notes["counted"] + tokens
         call.query = self._narrowed(layer, call.query)
@@ -422,6 +427,32 @@ class EvictingCache(ListeningCache):
         if not bool(last.all()):
             layer.notes["shown"] = last
 
+    def _note_given(self, layer: SelectiveLayer) -> None:
+        """Note which tokens of each row the user protects, once, when the first of them have been stored."""
+        if self.protect is None or "given" in layer.notes:
+            return
+        pads = layer.notes["pads"]
+        given = self.protect.to(pads.device).reshape(-1, self.protect.shape[-1])
+        if not len(given) or len(pads) % len(given):
+            message = f"has {len(given)} rows, and the batch {len(pads)}."
+            raise InputError(Problem("protect", message, "Give one row, or one for each."))
+        # Beams and several answers of a row stand beside each other.
+        given = given.repeat_interleave(len(pads) // len(given), 0)
+        layer.notes["given"] = given & (torch.arange(given.shape[1], device=pads.device) >= pads.unsqueeze(1))
+        keep, most = self.method.keep, int(self._protected_counts(layer, max(layer.seen, given.shape[1])).max())
+        if isinstance(keep, str) and keep.endswith("tokens") and int(keep.split()[0]) < most:
+            message = f"{keep!r} is less than the {most} tokens of a row that stay whatever their score."
+            raise InputError(Problem(f"{type(self.method).__name__}.keep", message, "Keep more, or protect less."))
+
+    def _protected_counts(self, layer: SelectiveLayer, seen: int) -> Tensor:
+        """How many of the tokens seen stay whatever their score and the budget, [batch]."""
+        method, pads, given = self.method, layer.notes["pads"], layer.notes.get("given")
+        if given is None:
+            return layer.notes["counted"].clamp_max(method.protects)
+        columns = torch.arange(seen, device=pads.device).expand(len(pads), 1, -1)
+        recent = torch.full_like(pads, max(method.recent, method.window))
+        return protected(columns, pads, seen, method.sink, recent, given).sum((1, 2))
+
     def _observe(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         method = self.method
         if method.window:
@@ -481,7 +512,7 @@ class EvictingCache(ListeningCache):
         if self.method.dense_at_full and not self.masked and bool((counts >= layer.notes["counted"]).all()):
             return
         if self.method.allocate == "pyramid":
-            counts = self._pyramid(counts, layer.notes["counted"], self._places.index(index))
+            counts = self._pyramid(counts, layer, self._places.index(index))
         if self._stores_no_more(layer, counts):
             return
         layer.notes["counts"] = counts
@@ -605,9 +636,10 @@ class EvictingCache(ListeningCache):
         if isinstance(method.keep, str) and method.keep.endswith("bytes"):
             # The memory is that of the batch, where each row takes as much as the longest.
             limits, available = [max(limits)] * len(limits), [max(available)] * len(limits)
+        protects = self._protected_counts(layer, layer.seen).tolist()
         rows = [
-            tier_counts(limit, there, method.exact, method.protects, *sizes)
-            for limit, there in zip(limits, available, strict=True)
+            tier_counts(limit, there, method.exact, stay, *sizes)
+            for limit, there, stay in zip(limits, available, protects, strict=True)
         ]
         exact, stored = torch.tensor(rows, device=score.device).unbind(1)
         places, real = best_of_each_head(score, stored.minimum((score > float("-inf")).sum(2).amin(1)))
@@ -618,11 +650,12 @@ class EvictingCache(ListeningCache):
         layer.keep(places, real)
         self.layers[index] = TieredLayer.of(layer, rank < exact.view(-1, 1, 1), method.bits)
 
-    def _pyramid(self, counts: Tensor, counted: Tensor, place: int) -> Tensor:
-        rows = []
-        for count, available in zip(counts.tolist(), counted.tolist(), strict=True):
-            method = self.method
-            rows.append(pyramid_counts(count, available, len(self._places), method.protects, method.beta)[place])
+    def _pyramid(self, counts: Tensor, layer: SelectiveLayer, place: int) -> Tensor:
+        sizes = counts, layer.notes["counted"], self._protected_counts(layer, layer.seen)
+        rows = [
+            pyramid_counts(count, available, len(self._places), protects, self.method.beta)[place]
+            for count, available, protects in zip(*(each.tolist() for each in sizes), strict=True)
+        ]
         return torch.tensor(rows, device=counts.device)
 
     def _even(self, index: int) -> SelectiveLayer:
@@ -673,7 +706,8 @@ class EvictingCache(ListeningCache):
             count = self._affordable(int(keep.split()[0]), layer)
             return counted.clamp_max(count)
         rows = [max(kept_count(keep, seen), min(method.protects, seen)) for seen in counted.tolist()]
-        return torch.tensor(rows, device=counted.device)
+        counts = torch.tensor(rows, device=counted.device)
+        return counts.maximum(self._protected_counts(layer, layer.seen)) if "given" in layer.notes else counts
 
     def _affordable(self, limit: int, layer: SelectiveLayer) -> int:
         """Tokens of each head that fit in so many bytes, beside the layers that see a window."""
@@ -685,12 +719,13 @@ class EvictingCache(ListeningCache):
                 tokens = layer.seen if window is None else min(layer.seen, window - 1)
                 fixed += tokens * token
         count = (limit - fixed) // (token * len(self._places))
-        if count < max(self.method.protects, 1):
+        least = max(int(self._protected_counts(layer, layer.seen).max()), self.method.protects, 1)
+        if count < least:
             raise InputError(
                 Problem(
                     f"{type(self.method).__name__}.keep",
-                    f"{limit} bytes hold {max(count, 0)} tokens of this batch, and {max(self.method.protects, 1)} must "
-                    f"stay ({token * len(self._places)} bytes each"
+                    f"{limit} bytes hold {max(count, 0)} tokens of this batch, and {least} must stay "
+                    f"({token * len(self._places)} bytes each"
                     + (f", beside {fixed} bytes of layers with a window)." if fixed else ")."),
                     "Keep more, or read fewer rows at once.",
                 )

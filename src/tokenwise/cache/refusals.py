@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tokenwise.cache.base import CacheMethod, CachePolicy
@@ -108,6 +109,18 @@ def problems_of(
             )
         )
     return problems
+
+
+def protection_problems(protect: Any) -> list[Problem]:
+    """Why tokens cannot be protected so."""
+    if protect is None:
+        return []
+    if not isinstance(protect, Tensor) or protect.dtype != torch.bool or protect.dim() not in (1, 2):
+        what = (
+            f"is {protect.dtype} of shape {list(protect.shape)}" if isinstance(protect, Tensor) else f"is {protect!r}"
+        )
+        return [Problem("protect", f"{what}.", "Give a mask of [rows, tokens] or [tokens], of type bool.")]
+    return []
 
 
 def rotary_for(model: nn.Module, method: CachePolicy, attention: Any) -> Rotary | None:

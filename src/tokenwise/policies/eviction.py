@@ -10,8 +10,10 @@ from torch import Tensor
 from tokenwise.policies.apportion import apportion
 
 
-def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: Tensor) -> Tensor:
-    """Which tokens stay whatever their score: the first and the last.
+def protected(
+    positions: Tensor, pads: Tensor, seen: int, sink: int, recent: Tensor, given: Tensor | None = None
+) -> Tensor:
+    """Which tokens stay whatever their score: the first, the last, and those that are given.
 
     Args:
         positions: [batch, heads, stored], int64, counted from the first column, padding included.
@@ -19,13 +21,17 @@ def protected(positions: Tensor, pads: Tensor, seen: int, sink: int, recent: Ten
         seen: columns so far.
         sink: how many of the first tokens.
         recent: how many of the last tokens of each row, [batch].
+        given: which columns else, [batch, any], bool.
 
     Returns:
         [batch, heads, stored], bool; padding is never protected.
     """
     pads, recent = pads.view(-1, 1, 1), recent.view(-1, 1, 1)
-    inside = positions >= pads
-    return inside & ((positions < pads + sink) | (positions >= seen - recent))
+    stay = (positions < pads + sink) | (positions >= seen - recent)
+    if given is not None:
+        columns = torch.nn.functional.pad(given, (0, seen - given.shape[1]))
+        stay = stay | columns.gather(1, positions.flatten(1)).view_as(positions)
+    return stay & (positions >= pads)
 
 
 def best_of_each_head(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
