@@ -180,3 +180,13 @@ def test_kv_zip_forgets_the_ids_of_what_is_taken_back():
 def test_an_even_kernel_is_refused():
     with pytest.raises(InputError, match="3 or 5"):
         tw.SnapKV(kernel=4)
+
+
+@pytest.mark.parametrize("method", [SNAP, tw.Quest()], ids=named)
+def test_a_prompt_without_new_tokens_is_refused(method):
+    with tw.evict(decoder(), method) as cache:
+        generate(cache.model, prompt(40), cache)
+        with pytest.raises(InputError, match="beyond the 45"):
+            generate(cache.model, prompt(10, seed=1), cache)
+        cache.reset()
+        assert generate(cache.model, prompt(30, seed=1), cache).sequences.shape == (1, 36)

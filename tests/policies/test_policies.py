@@ -18,7 +18,9 @@ def test_keep_accepts_shares_and_amounts(given, kept):
     assert type(parse_keep(given)) is type(kept)
 
 
-@pytest.mark.parametrize("wrong", [0, 0.0, -0.5, 1.5, 2, 128, True, "many", "0 tokens", "2 GiB", None, float("nan")])
+@pytest.mark.parametrize(
+    "wrong", [0, 0.0, -0.5, 1.5, 2, 128, True, "many", "0 tokens", "5_ tokens", "2 GiB", None, float("nan")]
+)
 def test_keep_refuses_what_is_no_share_and_says_how_to_write_it(wrong):
     with pytest.raises(ValueError, match=r"share|amount"):
         parse_keep(wrong)

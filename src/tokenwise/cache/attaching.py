@@ -116,7 +116,17 @@ def _beginner(cache: weakref.ref[ListeningCache]) -> Any:
         found = cache()
         if found is not None and options is not None and any(value is found for value in (*args, *options.values())):
             given = [*args[:1], options.get("input_ids"), options.get("inputs_embeds")]
+            tokens = next((tokens.shape[1] for tokens in given if tokens is not None), None)
+            if tokens == 0:
+                raise InputError(
+                    Problem(
+                        "input_ids",
+                        f"brings no token beyond the {found.get_seq_length()} that the cache has seen.",
+                        "Give generate the whole conversation, the new turn behind what was read; for another prompt "
+                        "begin with a new cache, or reset() this one.",
+                    )
+                )
             found._awaited = None
-            found.begin(next((tokens.shape[1] for tokens in given if tokens is not None), 0))
+            found.begin(tokens or 0)
 
     return begin

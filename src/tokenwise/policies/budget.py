@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-_AMOUNT = re.compile(r"\s*(\d[\d_]*)\s*(tokens?)\s*")
+_AMOUNT = re.compile(r"\s*(\d+(?:_\d+)*)\s*(tokens?)\s*")
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(bytes?|[kmg]i?b)\s*", re.IGNORECASE)
 _UNITS = {"byte": 1, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _FLOPS = re.compile(r"\s*(\d*\.?\d+)\s*flops\s*")
