@@ -190,3 +190,15 @@ def test_a_prompt_without_new_tokens_is_refused(method):
             generate(cache.model, prompt(10, seed=1), cache)
         cache.reset()
         assert generate(cache.model, prompt(30, seed=1), cache).sequences.shape == (1, 36)
+
+
+@pytest.mark.parametrize("method", [*METHODS, tw.StreamingLLM(keep=0.5), tw.H2O(keep=0.5)], ids=named)
+def test_what_was_read_in_inference_mode_is_gone_on_with_outside_of_it(method):
+    model, answers = decoder(), []
+    for mode in (torch.inference_mode, torch.no_grad):
+        with tw.evict(model, method) as cache:
+            with mode():
+                generate(model, prompt(40), cache)
+            with torch.no_grad():
+                answers.append([model(token[None], past_key_values=cache).logits for token in prompt(4, seed=3).T])
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))

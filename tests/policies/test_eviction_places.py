@@ -1,7 +1,8 @@
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenwise.policies.budget import kept_count
-from tokenwise.policies.eviction import kept_counts, top_places
+from tokenwise.policies.eviction import best_of_all, kept_counts, top_places
 
 
 def test_of_equal_scores_the_first_is_taken():
@@ -14,3 +15,10 @@ def test_counts_of_rows_are_those_of_one():
     available = torch.arange(1, 200)
     for keep in (0.1, 0.25, 0.5, 0.35, 1.0, "7 tokens"):
         assert kept_counts(keep, available).tolist() == [kept_count(keep, count) for count in available.tolist()]
+
+
+def test_the_best_of_all_may_lie_on_several_devices():
+    with FakeTensorMode():
+        scores = [torch.zeros(2, 3, 8, device=device) for device in ("cuda:1", "cpu", "cuda:0")]
+        shown = best_of_all(scores, *(torch.ones(2, dtype=torch.long, device="cuda:1") for _ in range(2)))
+    assert [part.device for part in shown] == [score.device for score in scores]

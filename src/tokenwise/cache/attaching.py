@@ -7,6 +7,7 @@ import weakref
 from abc import abstractmethod
 from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -29,6 +30,7 @@ class ListeningCache(Cache, Handle):
         self._heard: frozenset[int] = frozenset()
         # The layer that has stored new tokens, and whose attention has not been heard of yet.
         self._awaited: int | None = None
+        self._inferring = False
 
     def attach(self, model: nn.Module, attentions: dict[int, nn.Module]) -> nn.Module:
         """Hear the attention modules, by the index of their layer, and passes of the model, until it is undone or
@@ -126,7 +128,11 @@ def _beginner(cache: weakref.ref[ListeningCache]) -> Any:
                         "begin with a new cache, or reset() this one.",
                     )
                 )
-            found._awaited = None
+            inferring = torch.is_inference_mode_enabled()
+            if found._inferring and not inferring:
+                # What was stored in inference mode cannot be written to outside of it.
+                found.layers = copy.deepcopy(found.layers)
+            found._awaited, found._inferring = None, inferring
             found.begin(tokens or 0)
 
     return begin

@@ -283,7 +283,8 @@ class EvictingCache(ListeningCache):
                     self.layers[index] = SelectiveLayer()
                 elif layer.seen > min(seen):
                     # Rows count as many tokens in every layer.
-                    layer.notes["counted"] = self._selective(self._places[seen.index(min(seen))]).notes["counted"]
+                    behind = self._selective(self._places[seen.index(min(seen))])
+                    layer.notes["counted"] = behind.notes["counted"].to(layer.notes["counted"].device)
                     layer.take_back(min(seen))
             for index, layer in enumerate(self.layers):
                 if index not in self._attentions:
@@ -405,7 +406,7 @@ class EvictingCache(ListeningCache):
         assert self._again is not None
         even, tokens = layer, call.query.shape[2]
         with torch.no_grad():
-            layer.notes["repeats"] = self._again
+            layer.notes["repeats"] = self._again.to(call.query.device)
             if isinstance(layer, RaggedLayer):
                 even, call = layer.padded(), layer.padded_call(call, whole)
             self.method.observe(self._tokens(index, even), call)

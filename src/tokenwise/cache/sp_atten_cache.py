@@ -37,11 +37,11 @@ class SpAttenCache(H2O):
     def score(self, tokens: StoredTokens) -> Tensor:
         importance = tokens.by_position(tokens.tracks["received"])
         if "importance" in tokens.earlier:
-            importance = importance + tokens.earlier["importance"]
+            importance = importance + tokens.earlier["importance"].to(importance.device)
         tokens.earlier["importance"] = importance
         places = tokens.positions.flatten(1)
         found = importance.gather(1, places).view_as(tokens.positions)
         if "kept" in tokens.earlier:
-            gone = ~tokens.earlier["kept"].gather(1, places).view_as(tokens.positions)
+            gone = ~tokens.earlier["kept"].to(places.device).gather(1, places).view_as(tokens.positions)
             found = found.masked_fill(gone, float("-inf"))
         return found

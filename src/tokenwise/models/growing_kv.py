@@ -81,7 +81,8 @@ class GrowingLayer(FollowingLayer):
             found = [values.index_select(0, index.flatten()) for values in rows]
         else:
             count = index.numel()
-            if not into or len(into[0]) < count or into[0].dtype != rows[0].dtype:
+            writable = bool(into) and into[0].is_inference() == torch.is_inference_mode_enabled()
+            if not writable or len(into[0]) < count or into[0].dtype != rows[0].dtype:
                 into[:] = [values.new_empty(count + count // 8, values.shape[1]) for values in rows]
             found = [
                 torch.index_select(values, 0, index.flatten(), out=memory[:count])

@@ -74,7 +74,7 @@ def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> lis
     """The tokens with the largest scores over several heads, or layers and heads, together.
 
     Args:
-        scores: one or more of [batch, heads, stored]; -inf is no token and never stays.
+        scores: one or more of [batch, heads, stored], on any devices; -inf is no token and never stays.
         totals: how many stay of each row over all heads and layers, [batch].
         floors: how many of its best each head keeps anyway, [batch].
 
@@ -84,13 +84,14 @@ def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> lis
     raised = []
     for score in scores:
         rank = score.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-        own = (rank < floors.view(-1, 1, 1)) & (score > float("-inf"))
-        raised.append(score.masked_fill(own, float("inf")).flatten(1))
+        own = (rank < floors.to(score.device).view(-1, 1, 1)) & (score > float("-inf"))
+        raised.append(score.masked_fill(own, float("inf")).flatten(1).to(totals.device))
     joined = torch.cat(raised, 1)
     rank = joined.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     shown = (rank < totals.unsqueeze(1)) & (joined > float("-inf"))
     sizes = [part.shape[1] for part in raised]
-    return [part.view(score.shape) for part, score in zip(shown.split(sizes, 1), scores, strict=True)]
+    parts = zip(shown.split(sizes, 1), scores, strict=True)
+    return [part.view(score.shape).to(score.device) for part, score in parts]
 
 
 def pyramid_counts(count: int, available: int, layers: int, window: int, beta: float) -> list[int]:
