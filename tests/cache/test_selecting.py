@@ -292,3 +292,20 @@ def test_a_method_of_your_own():
     model, ids = decoder(), prompt(20)
     with tw.evict(model, Odd()) as cache, tw.evict(model, Odd(), masked=True) as hidden:
         assert difference(generate(model, ids, cache), generate(model, ids, hidden)) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "method", [tw.Quest(page=4, dense_layers=0), tw.MeanBlocks(page=16)], ids=lambda it: it.card.id
+)
+def test_what_fits_into_the_budget_is_read_whole_though_its_last_page_is_not_full(method):
+    model, ids = decoder(), prompt(38, 2)
+    ids[0, :21] = 0
+    mask = (ids != 0).long()
+    stock = generate(model, ids, attention_mask=mask)
+    with tw.evict(model, method.replace(keep="60 tokens")) as cache:
+        assert difference(generate(model, ids, cache, attention_mask=mask), stock) == 0
+    with tw.evict(model, method.replace(keep="24 tokens")) as cache:
+        found = generate(model, ids, cache, attention_mask=mask)
+        assert float(max((a[0] - b[0]).abs().max() for a, b in zip(found.logits, stock.logits, strict=True))) < 2e-5
+        assert bool(cache.kept(0)[0].sum(1).eq(22).all())
+        assert difference(found, stock) > 1e-2

@@ -130,7 +130,8 @@ class EvictingCache(ListeningCache):
     def _evict_from_all(self) -> None:
         first = self._selective(self._places[0])
         enough = bool((self._counts(first) >= first.notes["counted"]).all())
-        if enough and self.method.dense_at_full and not self.masked:
+        # Of a masked cache with a full budget scores are wanted.
+        if enough and self.method.dense_at_full and not (self.masked and self.method.keep == 1.0):
             return
         if self._repeats and "unrepeated" in first.notes:
             self._repeat(first)
@@ -296,7 +297,7 @@ class EvictingCache(ListeningCache):
     def attended(self, index: int, call: AttentionCall) -> None:
         layer = self._selective(index)
         method, tokens, whole = self.method, call.query.shape[2], call.mask
-        reading = tokens > 1 or layer.seen == tokens
+        reading = tokens > 1 or layer.seen == tokens or self._again is not None
         if self._again is not None:
             pass
         elif reading:
@@ -712,8 +713,7 @@ class EvictingCache(ListeningCache):
 
     def _affordable(self, limit: int, layer: SelectiveLayer) -> int:
         """Tokens of each head that fit in so many bytes, beside the layers that see a window."""
-        token = layer.token_nbytes
-        fixed = 0
+        token, fixed = self._token_nbytes(layer), 0
         for index, other in enumerate(self.layers):
             if index not in self._attentions:
                 window = getattr(other, "sliding_window", None)
@@ -744,12 +744,16 @@ class EvictingCache(ListeningCache):
             if index not in self._attentions:
                 full += layer_nbytes(layer)
             elif layer.seen:
-                full += layer.token_nbytes * layer.seen
-                channels = layer.notes.get("channels")
-                if channels is not None and not self.masked:
-                    dropped = self._key_width - channels.shape[2]
-                    full += channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize * layer.seen
+                full += self._token_nbytes(layer) * layer.seen
         return full
+
+    def _token_nbytes(self, layer: SelectiveLayer) -> int:
+        """Bytes that one token of every row takes with all of its channels."""
+        channels = layer.notes.get("channels")
+        if channels is None or self.masked:
+            return layer.token_nbytes
+        dropped = self._key_width - channels.shape[2]
+        return layer.token_nbytes + channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize
 
 
 def _checker(cache: weakref.ref[EvictingCache]) -> Any:

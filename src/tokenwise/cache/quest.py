@@ -96,7 +96,7 @@ class _Pages(CacheSelector):
         total = -(-tokens.seen // self.page)
         budget = max(kept_count(self.keep, tokens.seen), min(self.protects, tokens.seen))
         most = max(self.fewest, budget // self.page)
-        if tokens.layer < self.dense_layers or most >= total:
+        if tokens.layer < self.dense_layers or most >= total or budget == tokens.seen:
             return None
         query = tokens.over_queries(call.query.squeeze(2))
         names = tokens.notes.keys() - {"pages"}
@@ -110,8 +110,11 @@ class _Pages(CacheSelector):
         counts = None
         if tokens.real is not None:
             lengths = length.view(-1)
-            counts = kept_counts(self.keep, lengths).maximum(lengths.clamp_max(self.protects)) // self.page
-            counts = counts.clamp_min(self.fewest).minimum(pages.view(-1))
+            kept = kept_counts(self.keep, lengths).maximum(lengths.clamp_max(self.protects))
+            counts = (kept // self.page).clamp_min(self.fewest).minimum(pages.view(-1))
+            # A row that fits into the budget is read whole.
+            counts = counts.where(kept < lengths, pages.view(-1))
+            most = int(counts.max())
         chosen = top_places(promise, most, counts).unsqueeze(3)
         inside = chosen * self.page + torch.arange(self.page, device=pages.device)
         if counts is None:

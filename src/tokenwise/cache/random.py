@@ -27,5 +27,7 @@ class Random(CachePolicy):
         import torch
 
         generator = torch.Generator(device="cpu").manual_seed(self.seed * 1_000_003 + tokens.layer * 1009 + tokens.seen)
-        batch, heads, stored, _ = tokens.keys.shape
-        return torch.rand(batch, heads, stored, generator=generator).to(tokens.keys.device)
+        batch, heads = tokens.keys.shape[:2]
+        # A number for each token seen, so that chance does not depend on what is stored beside it.
+        found = torch.rand(batch, heads, tokens.seen, generator=generator).to(tokens.keys.device)
+        return found.gather(2, tokens.positions.expand(-1, heads, -1))
