@@ -202,3 +202,30 @@ def test_what_was_read_in_inference_mode_is_gone_on_with_outside_of_it(method):
             with torch.no_grad():
                 answers.append([model(token[None], past_key_values=cache).logits for token in prompt(4, seed=3).T])
     assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+
+
+@pytest.mark.parametrize("method", [*METHODS, tw.H2O(keep=0.5)], ids=named)
+def test_gradients_flow_through_the_tokens_that_follow(method):
+    model = decoder().train()
+    with torch.enable_grad(), tw.evict(model, method) as cache:
+        model(prompt(40), past_key_values=cache)
+        logits = [model(token[None], past_key_values=cache).logits for token in prompt(3, seed=3).T]
+        torch.cat(logits).square().sum().backward()
+    gradient = model.model.layers[0].self_attn.v_proj.weight.grad
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+
+
+def test_a_cache_that_is_undone_while_it_is_held_stays_whole():
+    cache = tw.evict(decoder(), SNAP)
+    with cache.held():
+        cache.model(prompt(20), past_key_values=cache)
+        cache.undo()
+    assert cache.layers[0].stored == 20
+    assert cache.model(prompt(2), past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_budget_beyond_all_numbers_is_a_full_one():
+    with tw.evict(decoder(), SNAP.replace(keep="99999999999999999999 GiB")) as cache:
+        generate(cache.model, prompt(), cache)
+        assert cache.stats["tokens_stored"] == 40

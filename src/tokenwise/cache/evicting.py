@@ -122,7 +122,7 @@ class EvictingCache(ListeningCache):
         self._held = True
         try:
             yield self
-            if self._held:
+            if self._held and self._heard:
                 self._release()
         finally:
             self._held = False
@@ -610,6 +610,9 @@ class EvictingCache(ListeningCache):
         even = not isinstance(layer, RaggedLayer) and layer.real is None and not self.masked
         if self.method.ordered or not even or bool((counts != layer.stored - 1).any()):
             return False
+        if layer.keys is not None and layer.keys.requires_grad:
+            # What a gradient is to flow through is not written over.
+            return False
         assert layer.positions is not None
         gone = worst_of_each_head(score, layer.positions)
         if self.method.positions == "compact":
@@ -706,7 +709,7 @@ class EvictingCache(ListeningCache):
         keep = method.keep
         if isinstance(keep, str) and keep.endswith("bytes"):
             count = self._affordable(int(keep.split()[0]), layer)
-            return counted.clamp_max(count)
+            return counted.clamp_max(min(count, layer.seen))
         rows = [max(kept_count(keep, seen), min(method.protects, seen)) for seen in counted.tolist()]
         counts = torch.tensor(rows, device=counted.device)
         return counts.maximum(self._protected_counts(layer, layer.seen)) if "given" in layer.notes else counts

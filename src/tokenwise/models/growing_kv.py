@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenwise.models.selective_kv import FollowingLayer, append, spare_places
+from tokenwise.models.selective_kv import FollowingLayer, append, needs_gradient, spare_places
 
 
 class GrowingLayer(FollowingLayer):
@@ -57,8 +57,10 @@ class GrowingLayer(FollowingLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = None if self._held is None or self.keys is None or self.values is None else (self.keys, self.values)
-        spare = spare_places(self.seen + key_states.shape[2])
-        self._held, (self.keys, self.values) = append(self._held, before, (key_states, value_states), spare)
+        graded = needs_gradient(key_states, value_states)
+        spare = 0 if graded else spare_places(self.seen + key_states.shape[2])
+        held = None if graded else self._held
+        self._held, (self.keys, self.values) = append(held, before, (key_states, value_states), spare)
         return self.keys, self.values
 
     def take(self, places: Tensor, into: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:

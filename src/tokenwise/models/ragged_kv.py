@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenwise.models.selective_kv import SelectiveLayer, spare_places
+from tokenwise.models.selective_kv import SelectiveLayer, needs_gradient, spare_places
 from tokenwise.models.tap import AttentionCall
 
 
@@ -82,6 +82,8 @@ class RaggedLayer(SelectiveLayer):
         tokens = key_states.shape[2]
         if bool((self.lengths + tokens > self.room).any()):
             self._make_room(tokens)
+        elif needs_gradient(key_states, value_states):
+            self.flat_keys, self.flat_values = self.flat_keys.clone(), self.flat_values.clone()
         starts = self.room.flatten().cumsum(0) - self.room.flatten() + self.lengths.flatten()
         places = (starts.unsqueeze(1) + torch.arange(tokens)).flatten().to(self.flat_keys.device)
         self.flat_keys[places] = key_states.flatten(0, 2)

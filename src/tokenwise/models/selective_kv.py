@@ -19,6 +19,11 @@ def spare_places(stored: int) -> int:
     return min(max(stored // 16, 1), 64)
 
 
+def needs_gradient(*states: Tensor) -> bool:
+    """Whether a gradient is to flow to new keys or values: then nothing may be written behind those before them."""
+    return torch.is_grad_enabled() and any(values.requires_grad for values in states)
+
+
 class FollowingLayer(DynamicLayer):
     """A layer of which more than keys and values follows the rows of a batch when beams are reordered."""
 
@@ -152,8 +157,8 @@ class SelectiveLayer(FollowingLayer):
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values behind the others; single ones where there is room, so that nothing is copied."""
         tokens = key_states.shape[2]
-        needs_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if self.keys is None or self.values is None or tokens > 1 or needs_gradient:
+        graded = needs_gradient(key_states, value_states)
+        if self.keys is None or self.values is None or tokens > 1 or graded:
             self._roomy = None
             return super().update(key_states, value_states)
         before, spare = (self.keys, self.values), spare_places(self.keys.shape[2]) - 1
