@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from small_models import llava, pictures, spread
 
 import tokenwise as tw
+from small_models import llava, pictures, spread
 from tokenwise.errors import InputError
 from tokenwise.policies.agreement import jaccard
 from tokenwise.reduction.robustness import rank_gap
