@@ -133,7 +133,7 @@ READ = {
     "triangle": ({"mask": TRIANGLE[None, None]}, [64, 128, 192, 200]),
     "added": ({"mask": torch.zeros(1, 1, 200, 200).masked_fill(~TRIANGLE, -3e38)}, [64, 128, 192, 200]),
     "one sees further": ({"mask": FAR[None, None]}, [191, 128, 192, 200]),
-    "the first alone": ({"mask": FIRST[None, None]}, [2, 2, 2, 2]),
+    "the first alone": ({"mask": FIRST[None, None]}, [1, 1, 1, 1]),
     "plain": ({"mask": None}, [200] * 4),
 }
 
@@ -160,5 +160,8 @@ def test_columns_with_noise_at_a_temperature():
     noise = torch.randn(3, 6, 41, 41, generator=torch.Generator().manual_seed(3))
     scores = 2.0 * torch.tanh(call.query.double() @ call.key.double().transpose(2, 3) * 0.3 / 2.0) + noise
     expected = (scores.masked_fill(~call.mask, float("-inf")) / 1.7).softmax(3).mean(2).float()
-    found = call.columns(None, 1.7, lambda positions, keys: noise[:, :, positions[0], :keys])
+    divisors = (-noise / 1.7).exp()
+    found = call.columns(
+        None, 1.7, lambda positions, sequences, heads, end: divisors[sequences, heads, positions, :end]
+    )
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)

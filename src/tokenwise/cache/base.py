@@ -14,12 +14,11 @@ from tokenwise.method import Method
 from tokenwise.policies.budget import Keep, KeepOrBytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from tokenwise.models.rotary import Rotary
     from tokenwise.models.tap import AttentionCall
+    from tokenwise.signals.attention import Divisors
 
 
 @dataclass
@@ -97,14 +96,12 @@ class StoredTokens:
         rows = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min).softmax(-1)
         return rows * (places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1)
 
-    def received(
-        self, call: AttentionCall, temperature: float = 1.0, noise: Callable[[Tensor, int], Tensor] | None = None
-    ) -> Tensor:
+    def received(self, call: AttentionCall, temperature: float = 1.0, divisors: Divisors | None = None) -> Tensor:
         """The attention that each stored token receives from the queries of a call, padding left out.
 
         Args:
             call: over what is stored.
-            temperature, noise: as for `AttentionCall.columns`.
+            temperature, divisors: as for `AttentionCall.columns`.
 
         Returns:
             [batch, key heads, stored], summed over the queries and the heads that share a key, fp32.
@@ -113,7 +110,7 @@ class StoredTokens:
         shown = self.notes.get("shown")
         valid = None if shown is None else shown[:, -queries:]
         count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
-        return (call.columns(valid, temperature, noise) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
+        return (call.columns(valid, temperature, divisors) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
 
     def accumulate(self, name: str, values: Tensor) -> None:
         """Add `values`, [batch, key heads or 1, stored], to a track."""

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
-from tokenwise.signals.attention import attention_columns, attention_rank, attention_rows
+from tokenwise.signals.attention import Divisors, Shown, attention_columns, attention_rank, attention_rows
 from tokenwise.signals.attention_diversity import attention_map
 
 # What some models add to the softmax and the reading does not know: sinks, relative positions.
@@ -88,39 +88,22 @@ class AttentionCall:
         return attention_rows(self.query, self.key, positions, self._bias, self.scaling, self.softcap)
 
     def columns(
-        self,
-        valid: Tensor | None = None,
-        temperature: float = 1.0,
-        noise: Callable[[Tensor, int], Tensor] | None = None,
+        self, valid: Tensor | None = None, temperature: float = 1.0, divisors: Divisors | None = None
     ) -> Tensor:
         """The attention each key receives, as a mean over the queries.
 
         Args:
             valid: queries to take the mean over, [batch, queries], bool; all unless given.
-            temperature: what the scores, and the noise, are divided by.
-            noise: what is added to the scores of the queries at some positions, [1, rows], over the first so many keys:
-                4 dimensions that broadcast to [batch, heads, rows, keys]. It is asked for a block of queries at a time.
+            temperature: what the scores are divided by.
+            divisors: what their exponentials are divided by then, asked for a block at a time.
 
         Returns:
             [batch, heads, keys], fp32, summing to 1 over the keys.
         """
-
-        def noisy(positions: Tensor) -> Tensor | None:
-            bias = self._bias(positions)
-            end = self._last_seen(bias) if self.mask is not None else self.key.shape[2]
-            if self.mask is None and self.causal:
-                end = min(int(positions[0, -1]) + 1, end)
-            # One key alone would be taken for all.
-            end = max(end, min(2, self.key.shape[2]))
-            bias = None if bias is None else bias[..., :end]
-            if noise is None:
-                return bias
-            added = noise(positions, end)
-            added = added if temperature == 1 else added / temperature
-            return added if bias is None else bias + added
-
         softcap = None if self.softcap is None else self.softcap / temperature
-        return attention_columns(self.query, self.key, noisy, self.scaling / temperature, softcap, valid)
+        return attention_columns(
+            self.query, self.key, self._shown, self.scaling / temperature, softcap, valid, divisors
+        )
 
     def whole_map(self) -> Tensor:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
@@ -161,12 +144,24 @@ class AttentionCall:
             bias = seen if bias is None else seen + bias
         return bias
 
-    def _last_seen(self, bias: Tensor | None) -> int:
-        """The number of keys up to the last that some query sees under a bias; all where none sees any."""
+    def _shown(self, positions: Tensor) -> Shown:
+        """What the queries at `positions`, which follow each other, see."""
+        keys = self.key.shape[2]
+        if self.mask is None and self.causal and self.window is None and self.key_bias is None:
+            # All see the keys before the first of them.
+            start, end = int(positions[0]), min(int(positions[-1]) + 1, keys)
+            ahead = torch.full((len(positions), end - start), float("-inf"), device=positions.device).triu_(1)
+            return Shown(end, ahead[None, None], start)
+        bias = self._bias(positions.unsqueeze(0))
         if bias is None or bias.shape[3] == 1:
-            return self.key.shape[2]
-        seen = (bias > torch.finfo(bias.dtype).min / 2).flatten(0, 2).any(0)
-        return bias.shape[3] - int(seen.flip(0).long().argmax())
+            return Shown(keys, bias)
+        end = keys
+        if self.mask is not None:
+            seen = (bias > torch.finfo(bias.dtype).min / 2).flatten(0, 2).any(0)
+            end -= int(seen.flip(0).long().argmax())
+        elif self.causal:
+            end = min(int(positions[-1]) + 1, keys)
+        return Shown(end, bias[..., :end])
 
     def biased_mask(self) -> Tensor | None:
         """The mask with the key bias added: what the attention function is to be called with."""
