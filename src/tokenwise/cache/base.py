@@ -87,14 +87,16 @@ class StoredTokens:
         scores = (queries.flatten(2, 3) * self.scaling) @ self.keys.float().transpose(2, 3)
         scores = scores.unflatten(2, queries.shape[2:4])
         if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         count = queries.shape[3]
         places = torch.arange(self.seen - count, self.seen, device=scores.device)
         seen = self.positions.unsqueeze(2) <= places.view(1, 1, -1, 1)
         if self.real is not None:
             seen = seen & self.real.unsqueeze(2)
-        rows = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min).softmax(-1)
-        return rows * (places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1)
+        # In place: new memory of this size takes longer than the work.
+        scores.masked_fill_(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
+        rows = torch.softmax(scores, -1, out=scores)
+        return rows.mul_((places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1))
 
     def received(self, call: AttentionCall, temperature: float = 1.0, divisors: Divisors | None = None) -> Tensor:
         """The attention that each stored token receives from the queries of a call, padding left out.

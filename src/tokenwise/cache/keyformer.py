@@ -63,30 +63,30 @@ class Keyformer(H2O):
             tokens.notes["generated"] = generated + 1
         steps = min(int(tokens.notes["generated"][0]), self.tau_steps)
         temperature = self.tau_start + steps / self.tau_steps * (self.tau_end - self.tau_start)
-        divisors = self._divisors(tokens, call.query.shape[2], temperature) if self.gumbel else None
+        divisors = self._divisors(tokens, call.query.shape[2]) if self.gumbel else None
         tokens.accumulate("received", tokens.received(call, temperature, divisors))
 
-    def _divisors(self, tokens: StoredTokens, queries: int, temperature: float) -> Divisors:
+    def _divisors(self, tokens: StoredTokens, queries: int) -> Divisors:
         """The noise, the same for a row whether it is padded or not, as what divides the exponentials of the scores."""
         import torch
 
         from tokenwise.signals.gumbel import exponential_noise
 
-        pads = tokens.pads.view(-1, 1, 1, 1)
-        keys = tokens.positions.unsqueeze(2) - pads
+        pads = tokens.pads.view(-1, 1, 1)
+        keys = tokens.positions - pads
         # Rows that are alike share their noise.
         if len(pads) > 1 and bool((keys == keys[:1]).all()) and bool((pads == pads[:1]).all()):
             keys, pads = keys[:1], pads[:1]
+        shared = tokens.query_heads // keys.shape[1]
 
         def divisors(positions: Tensor, sequences: slice, heads: slice, end: int) -> Tensor:
             some = sequences if len(pads) > 1 else slice(None)
             asked = torch.arange(heads.start, min(heads.stop, tokens.query_heads), device=positions.device)
-            lanes = (tokens.layer * tokens.query_heads + asked).view(1, -1, 1, 1)
-            asking = (tokens.seen - queries + positions).view(1, 1, -1, 1) - pads[some]
-            looked_at = keys[some, :, :, :end]
-            if looked_at.shape[1] > 1:
-                looked_at = looked_at[:, asked * looked_at.shape[1] // tokens.query_heads]
-            found = exponential_noise(self.seed, lanes, asking, looked_at)
-            return found if temperature == 1 else found.pow_(1 / temperature)
+            inner = slice(heads.start // shared, -(-heads.stop // shared))
+            # [rows of the batch, heads that store others, heads that share them, queries, keys].
+            looked_at = keys[some, inner, None, None, :end]
+            lanes = (tokens.layer * tokens.query_heads + asked).view(1, looked_at.shape[1], -1, 1, 1)
+            asking = (tokens.seen - queries + positions).view(1, 1, 1, -1, 1) - pads[some, :, :, None, None]
+            return exponential_noise(self.seed, lanes, asking, looked_at).flatten(1, 2)
 
         return divisors

@@ -23,7 +23,15 @@ from transformers import AttentionInterface
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
-from tokenwise.signals.attention import Divisors, Shown, attention_columns, attention_rank, attention_rows
+from tokenwise.signals.attention import (
+    Divisors,
+    Shown,
+    attention_columns,
+    attention_rank,
+    attention_rows,
+    attention_scores,
+    received_of,
+)
 from tokenwise.signals.attention_diversity import attention_map
 
 # What some models add to the softmax and the reading does not know: sinks, relative positions.
@@ -48,10 +56,10 @@ class AttentionCall:
         key_bias: set by listeners: added to the scores of each key, [batch, 1, 1, keys].
         answer: set by a listener: what the attention gives, [batch, queries, heads, value_dim]; nothing else is
             computed then.
-
         padding: which keys are padding and which not, [batch, keys], where the implementation is given that instead of
             a mask.
         after: what a listener wants called once the attention has been computed.
+        scores: set by `compute`.
 
     A listener may also replace `query`, `key`, `value` and `mask`: the attention is computed with what stands here in
     the end.
@@ -70,6 +78,7 @@ class AttentionCall:
     answer: Tensor | None = None
     padding: Tensor | None = None
     after: list[Callable[[], None]] = field(default_factory=list)
+    scores: Tensor | None = None
 
     def add_key_bias(self, bias: Tensor) -> None:
         """Add `bias` to the scores of each key, [batch, keys]; -inf hides a key."""
@@ -95,15 +104,25 @@ class AttentionCall:
         Args:
             valid: queries to take the mean over, [batch, queries], bool; all unless given.
             temperature: what the scores are divided by.
-            divisors: what their exponentials are divided by then, asked for a block at a time.
+            divisors: what the exponentials of the scores, as they are at temperature 1, are divided by; asked for a
+                block at a time.
 
         Returns:
             [batch, heads, keys], fp32, summing to 1 over the keys.
         """
+        if self.scores is not None:
+            return received_of(self.scores, valid, temperature, divisors)
         softcap = None if self.softcap is None else self.softcap / temperature
         return attention_columns(
-            self.query, self.key, self._shown, self.scaling / temperature, softcap, valid, divisors
+            self.query, self.key, self._shown, self.scaling / temperature, softcap, valid, divisors, 1 / temperature
         )
+
+    def compute(self) -> None:
+        """Answer a call of one query here: its scores are computed once, for the model and for who reads it."""
+        bias = self._bias(torch.zeros(1, 1, dtype=torch.long, device=self.query.device))
+        self.scores = attention_scores(self.query, self.key, bias, self.scaling, self.softcap)
+        weights = self.scores.softmax(3).to(self.value.dtype).unflatten(1, (self.value.shape[1], -1)).squeeze(3)
+        self.answer = (weights @ self.value).flatten(1, 2).unsqueeze(1)
 
     def whole_map(self) -> Tensor:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""

@@ -145,6 +145,7 @@ def attention_columns(
     softcap: float | None = None,
     valid: Tensor | None = None,
     divisors: Divisors | None = None,
+    power: float = 1.0,
 ) -> Tensor:
     """The attention that each key receives, as a mean over the queries; made block by block, never a whole map.
 
@@ -153,6 +154,7 @@ def attention_columns(
         shown: what queries that follow each other see, by their positions, [rows], int64.
         valid: queries to take the mean over, [batch, queries], bool; all unless given.
         divisors: what the exponentials of the scores are divided by before each row is made to sum to 1.
+        power: what they are raised to.
 
     Returns:
         [batch, heads, keys], summing to 1 over the keys, fp32 (fp64 for fp64 inputs).
@@ -183,19 +185,58 @@ def attention_columns(
                     found = _softmax_of(query[batches, outer, some], near, bias, softcap, seen.first)
                     weight = counted[batches, None, some].expand(found.shape[:3])
                     if divisors is not None:
-                        _divide(found, divisors, positions, batches, outer)
+                        _divide(found, divisors, power, positions, batches, outer)
                         weight = weight / found.sum(3)
                     total[batches, outer, : seen.end] += (weight.unsqueeze(2) @ found).squeeze(2)
     count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
     return total / count
 
 
-def _divide(found: Tensor, divisors: Divisors, positions: Tensor, sequences: slice, heads: slice) -> None:
+@torch.no_grad()
+def attention_scores(
+    query: Tensor, key: Tensor, bias: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """What the softmax of attention is taken of, for few queries.
+
+    Args:
+        query, key, scaling, softcap: as for `attention_rows`.
+        bias: what is added to the scores of all queries.
+
+    Returns:
+        [batch, heads, queries, keys], fp32 (fp64 for fp64 inputs).
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        return _scores_of((query.to(dtype) * scaling).contiguous(), _multiplied(key.to(dtype)), bias, softcap, 0)
+
+
+@torch.no_grad()
+def received_of(
+    scores: Tensor, valid: Tensor | None = None, temperature: float = 1.0, divisors: Divisors | None = None
+) -> Tensor:
+    """`attention_columns` of one query, from its scores.
+
+    Args:
+        scores: [batch, heads, 1, keys].
+        valid: rows whose query counts, [batch, 1], bool; all unless given.
+        temperature: what the scores are divided by.
+        divisors: as for `attention_columns`.
+    """
+    if divisors is not None:
+        only = torch.zeros(1, dtype=torch.long, device=scores.device)
+        noise = divisors(only, slice(0, scores.shape[0]), slice(0, scores.shape[1]), scores.shape[3])
+        scores = scores - noise.log_()
+    found = torch.softmax(scores if temperature == 1 else scores / temperature, -1)[:, :, 0]
+    return found if valid is None else found * valid.unsqueeze(1)
+
+
+def _divide(found: Tensor, divisors: Divisors, power: float, positions: Tensor, sequences: slice, heads: slice) -> None:
     """Divide a block in place, so many numbers at a time that those divided by stay in the cache."""
     size = max(_DIVIDED * found.shape[2] // max(found.numel(), 1), 1) if found.device.type == "cpu" else len(positions)
     for first in range(0, len(positions), size):
         part = slice(first, first + size)
-        found[:, :, part] /= divisors(positions[part], sequences, heads, found.shape[3])
+        by = divisors(positions[part], sequences, heads, found.shape[3])
+        found[:, :, part] /= by if power == 1 else by.pow_(power)
 
 
 @_detached_unless_asked
@@ -255,18 +296,23 @@ def _multiplied(key: Tensor) -> Tensor:
 
 def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None, first: int = 0) -> Tensor:
     """Softmax over the keys of scaled queries, the bias added to the keys from the first on; of the queries' type."""
+    scores = _scores_of(query, key, bias, softcap, first)
+    # In place, where it may be: new memory of this size takes longer than the work.
+    return torch.softmax(scores, dim=-1) if torch.is_grad_enabled() else torch.softmax(scores, dim=-1, out=scores)
+
+
+def _scores_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None, first: int) -> Tensor:
     # Heads that share keys lie side by side: [batch, key heads, heads per key head * rows, head_dim]. Keys are laid out
     # as they are multiplied: transposing them while they are copied takes ten times as long.
-    rows, graded = query.shape[2], torch.is_grad_enabled()
+    rows = query.shape[2]
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    if grouped.shape[:2] == (1, 1) and not graded:
+    if grouped.shape[:2] == (1, 1) and not torch.is_grad_enabled():
         product = multiply(grouped[0, 0], key[0, 0], query.dtype)[None, None]
     else:
         product = grouped @ key.transpose(2, 3)
-    scores = product.unflatten(2, (-1, rows)).flatten(1, 2)
+    scores: Tensor = product.unflatten(2, (-1, rows)).flatten(1, 2)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_() * softcap
     if bias is not None:
         scores[..., first:] += bias
-    # In place, where it may be: new memory of this size takes longer than the work.
-    return torch.softmax(scores, dim=-1) if graded else torch.softmax(scores, dim=-1, out=scores)
+    return scores
