@@ -185,3 +185,26 @@ def test_lag_kv_keeps_what_theirs_does():
     golden = GOLDEN["LagKV"]
     method = tw.LagKV(keep=f"{len(golden['kept'][0][0])} tokens", sink=golden["sink"], lag=golden["lag"])
     assert kept_of_a_prompt(golden, method, golden["tokens"], golden["heads"]) == golden["kept"]
+
+
+def test_kv_zip_scores_and_keeps_as_theirs_does(monkeypatch):
+    golden, found = GOLDEN["KVzip"], []
+    plain = tw.KVzip.score
+    monkeypatch.setattr(tw.KVzip, "score", lambda self, tokens: found.append(plain(self, tokens)) or found[-1])
+    asked = {name: golden[name] for name in ("instruction", "continuation", "suffix", "chunk")}
+    method = tw.KVzip(keep=golden["share"], sink=0, **asked)
+    layers = kept_of_a_prompt(golden, method, golden["tokens"], golden["heads"])
+    for layer, expected in zip(found, golden["scores"], strict=True):
+        assert_close(layer[0], torch.tensor(expected), **NEAR)
+    ours, theirs = (
+        {
+            (layer, head, place)
+            for layer, heads in enumerate(kept)
+            for head, places in enumerate(heads)
+            for place in places
+        }
+        for kept in (layers, golden["kept"])
+    )
+    # What scores as much as the threshold goes in theirs.
+    assert theirs < ours
+    assert len(ours) == len(theirs) + 1
