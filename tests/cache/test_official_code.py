@@ -208,3 +208,11 @@ def test_kv_zip_scores_and_keeps_as_theirs_does(monkeypatch):
     # What scores as much as the threshold goes in theirs.
     assert theirs < ours
     assert len(ours) == len(theirs) + 1
+
+
+def test_think_keeps_the_channels_that_theirs_does():
+    golden = GOLDEN["ThinK"]
+    model = model_of(golden)
+    with tw.evict(model, tw.ThinK(channels=golden["share"])) as cache:
+        model(golden_tokens(golden["tokens"]), past_key_values=cache)
+        assert [layer.notes["channels"][0].tolist() for layer in cache.layers] == golden["channels"]
