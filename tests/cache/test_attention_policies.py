@@ -165,8 +165,8 @@ def test_chunks_stay_whole_and_the_last_one_in_part():
         assert int(kept.sum()) == 20
 
 
-@pytest.mark.parametrize("allocate", ["evenly", "heads"])
-def test_ada_kv_keeps_the_best_of_all_heads_beside_what_each_keeps_anyway(allocate):
+@pytest.mark.parametrize(("allocate", "floor"), [("evenly", 0.2), ("heads", 0.0), ("heads", 0.6)])
+def test_ada_kv_counts_the_best_of_all_heads_and_shares_the_floor_evenly(allocate, floor):
     model, ids = decoder(), prompt(40)
     found = []
 
@@ -175,8 +175,9 @@ def test_ada_kv_keeps_the_best_of_all_heads_beside_what_each_keeps_anyway(alloca
             found.append(super().score(tokens))
             return found[-1]
 
-    with tw.evict(model, Watched(keep=0.4, queries=4, allocate=allocate)) as cache:
+    with tw.evict(model, Watched(keep=0.4, queries=4, allocate=allocate, floor=floor)) as cache:
         model(ids, past_key_values=cache)
+        uneven = 0
         for layer in range(3):
             score = found[layer][0].clone()
             score[:, -4:] = float("inf")
@@ -185,10 +186,14 @@ def test_ada_kv_keeps_the_best_of_all_heads_beside_what_each_keeps_anyway(alloca
             if allocate == "evenly":
                 expected = [set(head.topk(16).indices.tolist()) for head in score]
             else:
-                # A fifth of 16 is 3, which the window fills.
-                flat = score.flatten().topk(32).indices.tolist()
-                expected = [{place - head * 40 for place in flat if place // 40 == head} for head in range(2)]
+                best = [place // 40 for place in score.flatten().topk(32).indices.tolist()]
+                first = round((1 - floor) * best.count(0) + floor * 16)
+                uneven += first != best.count(0)
+                expected = [
+                    set(head.topk(size).indices.tolist()) for head, size in zip(score, (first, 32 - first), strict=True)
+                ]
             assert [set(head.nonzero()[:, 0].tolist()) for head in kept] == expected
+        assert (uneven > 0) == (floor > 0.2)
         assert tw.AdaKV().allocate == "heads"
         assert tw.AdaKV().floor == 0.2
 

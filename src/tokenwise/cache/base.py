@@ -184,7 +184,8 @@ class CachePolicy(CacheMethod):
     """How the budget is shared out: as much to every head; less to later layers; or to the best tokens of all heads of
     a layer, or of all layers and heads."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Of its even share what each head keeps anyway, when heads share a budget."""
+    """Of its even share what each head keeps anyway, when heads share a budget; the rest goes to the best tokens, with
+    `allocate` ``heads`` to each head by how many of the best it has."""
     beta: Annotated[float, Field(gt=1)] = 20.0
     """How small the last layer's share is, with `allocate` ``pyramid``: one part in so many."""
     bits: Literal[8, 4] | None = None
@@ -195,7 +196,7 @@ class CachePolicy(CacheMethod):
 
     @property
     def window(self) -> int:
-        """How many of the last queries are read; their tokens are protected."""
+        """How many of the last queries are read; their tokens are protected unless the method says otherwise."""
         return 0
 
     @property

@@ -27,6 +27,7 @@ from tokenwise.policies.budget import kept_count
 from tokenwise.policies.eviction import (
     best_of_all,
     best_of_each_head,
+    best_of_shared,
     pyramid_counts,
     tier_counts,
     worst_of_each_head,
@@ -542,8 +543,7 @@ class EvictingCache(ListeningCache):
             counts = layer.notes["counts"]
             if method.allocate == "heads":
                 score = score.expand(-1, layer.key_heads, -1)
-                floors = (counts * method.floor).long().clamp_min(1)
-                self._keep_ragged(index, best_of_all([score], counts * layer.key_heads, floors)[0])
+                self._keep_ragged(index, best_of_shared(score, counts, method.floor))
                 continue
             if method.bits is not None:
                 self._keep_tiers(index, score, counts)

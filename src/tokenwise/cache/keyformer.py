@@ -32,8 +32,9 @@ class Keyformer(H2O):
             venue="MLSys 2024",
         ),
         status="VERIFIED",
-        checked="the formula in fp64; unlike the authors' code each row of a batch has scores of its own, and exactly "
-        "the last tokens are protected",
+        checked="the scores of the authors' code with the same noise, while its temperature rises, what it keeps of a "
+        "prompt, and the formula in fp64; theirs counts the token to come among the last and always drops the "
+        "first of these, has one score for all rows of a batch, and its budget is a share of the prompt",
         control="cache/random",
     )
 

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 
 class TOVA(CachePolicy):
-    """Keeps what the last token attends to, as a mean over all heads, so that a layer's heads store the same."""
+    """Keeps what the last token attends to, as a mean over all heads, so that a layer's heads store the same.
+
+    The last token may go, too, where it attends to others more than to itself; `recent` keeps it.
+    """
 
     card: ClassVar[Card] = Card(
         id="cache/tova",
         paper=Paper(title="Transformers are Multi-State RNNs", arxiv="2401.06104", venue="EMNLP 2024"),
         status="VERIFIED",
-        checked="the formula in fp64, and the numbers of kvpress 0.5.5",
+        checked="the tokens kept and the logits of the authors' code while it generates, the formula in fp64, and the "
+        "scores of kvpress 0.5.5, which keeps the last token in any case",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"window"})
@@ -32,6 +36,13 @@ class TOVA(CachePolicy):
     @property
     def window(self) -> int:
         return 1
+
+    @property
+    def protects(self) -> int:
+        return self.sink + self.recent
+
+    def last(self, counts: Tensor) -> Tensor:
+        return counts.new_full(counts.shape, self.recent)
 
     def score(self, tokens: StoredTokens) -> Tensor:
         rows = tokens.window_rows()[:, :, :, -1]
