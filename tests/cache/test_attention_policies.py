@@ -90,9 +90,17 @@ def test_snap_kv_averages_what_the_window_sees_of_the_tokens_before_it(softcap):
     assert float((found[..., :-4] - snap_kv_scores(tokens, 4)).abs().max()) < 1e-6
 
 
+def tova_scores(tokens):
+    """After a pass of one query."""
+    mask = None if tokens.real is None else tokens.real.unsqueeze(2)
+    asked = tokens.notes["queries"], tokens.keys, tokens.values, mask, tokens.scaling
+    tw.TOVA().observe(tokens, AttentionCall(torch.nn.Identity(), *asked, softcap=tokens.softcap))
+    return tw.TOVA().score(tokens)
+
+
 def test_tova_averages_the_last_row_over_all_heads():
     tokens = stored(window=1)
-    found = tw.TOVA().score(tokens)
+    found = tova_scores(tokens)
     assert found.shape == (2, 1, 23)
     assert float((found[:, 0] - window_attention(tokens)[:, :, 0].mean(1)).abs().max()) < 1e-6
 
@@ -100,7 +108,7 @@ def test_tova_averages_the_last_row_over_all_heads():
 def test_heads_that_store_different_tokens_vote_for_tokens_not_for_places():
     tokens = stored(window=1, different=True, pads=(0, 0))
     rows = window_attention(tokens)[:, :, 0].unflatten(1, (KEY_HEADS, -1)).mean(2)
-    found = tw.TOVA().score(tokens)
+    found = tova_scores(tokens)
     for row in range(2):
         votes: dict[int, float] = {}
         for head in range(KEY_HEADS):

@@ -141,9 +141,10 @@ class CacheMethod(Method):
     family: ClassVar[str] = "cache"
     traits: ClassVar[tuple[str, ...]] = ("reads", "mode")
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the score is made of: ``keys``, ``values``, ``queries`` (those of this step), ``window`` (the attention of
-    the last queries), ``received`` (the attention of all of them), ``earlier`` (what the layers before keep),
-    ``rotary`` (how queries are turned), ``repetition`` (the attention of the prompt when it is read a second time)."""
+    """What the score is made of: ``keys``, ``values``, ``queries`` (those of this step), ``last`` (the attention of the
+    last query), ``window`` (that of the last ones), ``received`` (the attention of all of them), ``earlier`` (what the
+    layers before keep), ``rotary`` (how queries are turned), ``repetition`` (the attention of the prompt when it is
+    read a second time)."""
     mode: ClassVar[Literal["evict", "select"]]
     """Whether tokens leave the cache, or each step reads some of those stored."""
 

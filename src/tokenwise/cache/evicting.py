@@ -301,7 +301,7 @@ class EvictingCache(ListeningCache):
             else:
                 self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
                 alone = call.answer is None and call.key_bias is None and not torch.is_grad_enabled()
-                if alone and not reading and "received" in method.reads:
+                if alone and not reading and method.reads & {"received", "last"}:
                     call.compute()
                 call.after.append(lambda: self._computed(index, call, whole, reading))
         if isinstance(layer, TieredLayer):
