@@ -1,5 +1,6 @@
 """The cache that evicts: exact at a full budget, equal to hiding, rows independent, memory freed, undone exactly."""
 
+import contextlib
 import gc
 
 import pytest
@@ -160,7 +161,8 @@ def test_how_long_a_cache_is_held():
             assert cache.layers[0].stored == 40
         # Fewer were read.
         assert cache.layers[0].stored == 30
-        with pytest.raises(ZeroDivisionError), cache.held():
+        stopped = contextlib.suppress(ZeroDivisionError)
+        with stopped, cache.held():
             model(ids[:, :4], past_key_values=cache)
             raise ZeroDivisionError
         assert cache.layers[0].stored == 34

@@ -35,6 +35,8 @@ def test_duration(value: float, text: str) -> None:
 
 
 def test_memory_and_ratio() -> None:
+    assert formatting.memory(3.54 * 2**20) == "3.5 MiB"
+    assert formatting.memory(9.96 * 2**20) == "10 MiB"
     assert formatting.memory(812 * 2**20) == "812 MiB"
     assert formatting.memory(1.5 * 2**30) == "1.50 GiB"
     assert formatting.ratio(1.306) == "1.31×"

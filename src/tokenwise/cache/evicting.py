@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class EvictingCache(ListeningCache):
         stats: ``tokens_seen`` (columns, padding included), ``tokens_stored`` (mean over rows, layers and heads),
             ``bytes``, and ``full_bytes``, what a cache of all tokens would take.
     """
+
+    works_in: ClassVar[tuple[str, ...]] = ("_computed", "_evict_from_all")
 
     def __init__(self, model: nn.Module, method: CachePolicy, masked: bool = False):
         attentions = cached_attentions(model)

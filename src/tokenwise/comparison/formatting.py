@@ -39,12 +39,14 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(size: float | None) -> str:
-    """``27 KiB``, ``812 MiB``, ``1.42 GiB``."""
+    """``27 KiB``, ``3.5 MiB``, ``812 MiB``, ``1.42 GiB``."""
     if size is None:
         return NOT_MEASURED
     if size < 2**20:
         return f"{size / 2**10:.0f} KiB"
-    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+    if size < 2**30:
+        return f"{size / 2**20:.{int(size < 9.95 * 2**20)}f} MiB"
+    return f"{size / 2**30:.2f} GiB"
 
 
 def budget(unit: str, amount: float) -> str:

@@ -120,7 +120,8 @@ def _drawings(drawings: Sequence[str | None]) -> Markup | None:
 
 def _cost_figures(conclusion: Conclusion, styles: Mapping[str, charts.Style]) -> list[dict[str, Any]]:
     found = []
-    for measure, title in figures.MEASURES.items():
+    for measure in figures.MEASURES:
+        title = figures.title_of(conclusion, measure)
         for way in conclusion.ways or ("",):
             drawings = _drawings(
                 [figures.cost_figure(conclusion, styles, measure, wide, way) for wide in (True, False)]
@@ -164,9 +165,9 @@ def _costs(row: Row, column: Column) -> Markup:
         text += Markup(" <small>+ {}</small>").format(column.show(getattr(row.reference_costs, column.name)))
     if column.relative and row.finished:
         text += Markup(" <small>{}</small>").format(multiple(getattr(row, column.relative)))
-    below = getattr(row.costs, column.below[0]) if column.below is not None else None
-    if column.below is not None and below is not None:
-        text += Markup(" <small>{}</small>").format(column.below[1](below))
+    for name, show in column.below:
+        if getattr(row.costs, name) is not None:
+            text += Markup(" <small>{}</small>").format(show(getattr(row.costs, name)))
     if column.name == "wall_seconds" and not row.costs.seconds_comparable:
         text += Markup(" <small>not comparable</small>")
     return text
