@@ -28,7 +28,15 @@ def test_amount(value: float | None, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(8.26, "8.3 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (372, "6 min 12 s"), (7505, "2 h 05 min")],
+    [
+        (0.00135, "1.35 ms"),
+        (0.218, "218 ms"),
+        (8.26, "8.3 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (372, "6 min 12 s"),
+        (7505, "2 h 05 min"),
+    ],
 )
 def test_duration(value: float, text: str) -> None:
     assert formatting.duration(value) == text

@@ -20,6 +20,8 @@ from tokenwise.comparison.statistics import LEVEL, Interval, difference
 FEW_ITEMS = 20
 OVER = 0.02
 """A method that keeps so much more than its budget says is told."""
+OFF = 0.15
+"""A method that reads so much more or less than its budget says, as a share of it, is told."""
 _NOTHING = Measure("held-out quality", "")
 """What is measured where nothing has been."""
 
@@ -94,13 +96,6 @@ class Row:
     series: str = ""
     way: str = ""
     relative_decode_seconds: float | None = None
-
-    @property
-    def spent(self) -> float | None:
-        """The share of the tokens that it keeps, or of those stored that it reads."""
-        if self.costs.tokens_read is None or not self.costs.tokens_before:
-            return self.costs.token_share
-        return self.costs.tokens_read / self.costs.tokens_before
 
     @property
     def beats_control(self) -> bool:
@@ -385,6 +380,16 @@ def _relative(name: str, costs: Costs, reference: Costs | None, baseline: Costs)
     return sum(known) / unit
 
 
+def _off_budget(row: Row) -> str:
+    """What a method that reads some of what it stores reads, where that is not about its budget; else nothing."""
+    read, before = row.costs.tokens_read, row.costs.tokens_before
+    if read is None or before is None or row.share is None:
+        return ""
+    budget = row.share * before if row.unit == "keep" else row.share
+    about = abs(read - budget) <= OFF * budget
+    return "" if about else f"{row.label} reads {read:.0f} tokens of a budget of {budget:.0f}"
+
+
 def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | None, planned: int) -> list[str]:
     """What a reader must know of these numbers, in whole sentences."""
     if known is None or not any(row.versus_baseline for row in rows):
@@ -412,13 +417,19 @@ def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | No
         notes.append(f"There is one held-out {known.item}: nothing is known of other {known.item}s.")
     elif fewest < FEW_ITEMS:
         notes.append(f"With {fewest} held-out {known.item}s intervals may be too narrow; use {FEW_ITEMS} or more.")
+    evicting = [row for row in rows if row.costs.tokens_read is None]
     beyond = [
-        f"{row.label} {'keeps' if row.costs.tokens_read is None else 'reads'} {row.spent:.0%}"
-        for row in rows
-        if row.share is not None and row.unit == "keep" and (row.spent or 0.0) > row.share + OVER
+        f"{row.label} keeps {row.costs.token_share:.0%}"
+        for row in evicting
+        if row.share is not None and row.unit == "keep" and (row.costs.token_share or 0.0) > row.share + OVER
     ]
     if beyond:
         notes.append(f"Some methods could not go as low as the budget says on this model: {', '.join(beyond)}.")
+    off = [text for row in rows if (text := _off_budget(row))]
+    if off:
+        notes.append(
+            f"Whole pages, and layers that read all, are not on equal terms with the others: {', '.join(off)}."
+        )
     same = [row.versus_baseline for row in rows if row.role == "candidate" and row.verdict == "no difference"]
     if known.measure.unit == "%" and any(interval and interval.low == interval.high for interval in same):
         unseen = -100 * math.log(1 - level) / fewest

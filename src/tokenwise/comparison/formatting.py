@@ -23,10 +23,10 @@ def amount(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``1.35 ms``, ``8.3 s``, ``48 s``, ``6 min 12 s``, ``2 h 05 min``."""
+    """``1.35 ms``, ``218 ms``, ``8.3 s``, ``48 s``, ``6 min 12 s``, ``2 h 05 min``."""
     if seconds is None:
         return NOT_MEASURED
-    if 0 < seconds < 0.0995:
+    if 0 < seconds < 0.9995:
         return f"{1000 * seconds:#.3g}".rstrip(".") + " ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
