@@ -287,6 +287,9 @@ def test_the_report_draws_answers_by_depth(compared, tmp_path):
     assert "k_norm hidden, 0 to 10% of the context" in page
     assert "Time of a token, question visible" in page
     assert "no scoring" in page
+    # Of the settings those that the full cache does not have, too.
+    assert "recent 2, interval 1, recent_share 0.5<" in page
+    assert "floor 0.2" not in page
 
 
 def test_results_are_read_as_they_were_written(compared, tmp_path):

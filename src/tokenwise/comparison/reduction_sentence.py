@@ -290,5 +290,5 @@ def _price(row: Row, base: Row, decimals: int) -> str:
         reading = " of reading" if row.relative_decode_seconds is not None else ""
         parts.append(f"{ratio(row.relative_seconds)} the time{reading}")
     if row.relative_decode_seconds is not None:
-        parts.append(f"{ratio(row.relative_decode_seconds)} that of a token")
+        parts.append(f"{ratio(row.relative_decode_seconds)} the time of a token")
     return ", ".join(parts)
