@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers.cache_utils import Cache
@@ -17,6 +17,8 @@ class ListeningCache(Cache, Handle):
     """A cache that is told of the attention of a model's layers, and a handle that ends it."""
 
     layers: list[Any]
+    works_in: ClassVar[tuple[str, ...]] = ()
+    """The functions in which what the method looks at, scores, chooses and moves is done, for whoever times it."""
 
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class EvictingCache(ListeningCache):
             ``bytes``, and ``full_bytes``, what a cache of all tokens would take.
     """
 
+    works_in: ClassVar[tuple[str, ...]] = ("_computed", "_evict_from_all")
+
     def __init__(self, model: nn.Module, method: CachePolicy, masked: bool = False):
         attentions = cached_attentions(model)
         super().__init__(_layers(model))
@@ -63,7 +66,7 @@ class EvictingCache(ListeningCache):
         self._evicted_at: dict[int, int] = {}
         self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
-        self._held = False
+        self._held_until: float | None = None
         self._ended = False
         self._repeats = repeats(method, masked)
         self._narrows = narrows(method)
@@ -112,17 +115,31 @@ class EvictingCache(ListeningCache):
         return shown.scatter_(2, positions.masked_fill(~real, stored.seen), True)[..., : stored.seen]
 
     @contextmanager
-    def held(self) -> Iterator[Self]:
-        """Evict nothing while a prompt is read in pieces, and then as if it had been read in one: when the block is
-        left, or before the first pass of a single token, so that it may stand around `generate` with
-        ``prefill_chunk_size``."""
-        self._held = True
+    def held(self, until: int | None = None) -> Iterator[Self]:
+        """Evict nothing while a prompt is read in pieces of whatever length, and then as if it had been read in one.
+
+        Args:
+            until: columns of the whole prompt (``prompt.shape[1]``), earlier turns included: with the piece that
+                reaches it the prompt ends, so that the block may stand around `generate` with ``prefill_chunk_size``.
+                None, or where fewer are read: it ends with the block.
+
+        Raises:
+            InputError: when the cache has seen so many tokens already.
+        """
+        if until is not None and until <= self.get_seq_length():
+            message = f"{until} is no more than the {self.get_seq_length()} tokens that the cache has seen."
+            raise InputError(Problem("until", message, "Count the tokens of earlier turns, too."))
+        self._held_until = math.inf if until is None else until
         try:
             yield self
-            if self._held:
+            if self.get_seq_length() < self._held_until:
                 self._release()
         finally:
-            self._held = False
+            self._held_until = None
+
+    def _holds(self, seen: int) -> bool:
+        """Whether a prompt of which so many tokens have been seen is still being read in pieces."""
+        return self._held_until is not None and seen < self._held_until
 
     def _evict_from_all(self) -> None:
         first = self._selective(self._places[0])
@@ -224,13 +241,10 @@ class EvictingCache(ListeningCache):
     def begin(self, tokens: int) -> None:
         """Before a pass of so many tokens through the model."""
         self._repair()
-        if tokens == 1 and self._held and self.get_seq_length():
-            self._release()
 
     @torch.no_grad()
     def _release(self) -> None:
-        self._held = False
-        if self._selective(self._places[0]).seen:
+        if self.get_seq_length():
             self._evict_from_all()
 
     def _changed(self, layer: SelectiveLayer) -> bool:
@@ -280,7 +294,7 @@ class EvictingCache(ListeningCache):
         if not layer.gave(call.key):
             return
         method, tokens, whole = self.method, call.query.shape[2], call.mask
-        reading = tokens > 1 or layer.seen == tokens
+        reading = tokens > 1 or layer.seen == tokens or self._holds(layer.seen - tokens)
         if self._again is not None:
             pass
         elif reading:
@@ -314,7 +328,7 @@ class EvictingCache(ListeningCache):
         self._observe(index, layer, call, whole)
         since = layer.seen - self._evicted_at.get(index, 0)
         due = reading or (method.interval is not None and since >= method.interval)
-        if due and not self._held and not self._repeats:
+        if due and not self._holds(layer.seen) and not self._repeats:
             self._evict(index)
         if index == self._places[-1]:
             self._note_sizes()
@@ -356,7 +370,9 @@ class EvictingCache(ListeningCache):
         before = first.notes.get("unrepeated")
         first.notes["unrepeated"] = ids if before is None else torch.cat([before, ids], 1)
         self._last = (mask, None if places is None else places[..., -1:])
-        if not self._held and (ids.shape[1] > 1 or first.seen == 1):
+        tokens = ids.shape[1]
+        reading = tokens > 1 or first.seen == 1 or self._holds(first.seen - tokens)
+        if reading and not self._holds(first.seen):
             with torch.no_grad():
                 self._evict_from_all()
 
