@@ -389,3 +389,15 @@ def test_padding_that_no_mask_tells_is_refused():
     finally:
         transformers.AttentionInterface._global_mapping.pop("like_flash")
         transformers.AttentionMaskInterface._global_mapping.pop("like_flash")
+
+
+def test_attention_can_be_asked_for_while_generated_tokens_are_scored():
+    model, ids = decoder(), prompt()
+    model.set_attn_implementation("eager")
+    with tw.evict(model, tw.H2O(keep=0.5)) as cache, tw.evict(model, tw.H2O(keep=0.5), masked=True) as masked:
+        one, other = (generate(model, ids, which, output_attentions=True).attentions for which in (cache, masked))
+    for step, hidden in zip(one[1:], other[1:], strict=True):
+        for layer, whole in zip(step, hidden, strict=True):
+            assert layer.shape[3] < whole.shape[3]
+            found, expected = layer.sort(3).values, whole.sort(3).values[..., -layer.shape[3] :]
+            assert float((found - expected).abs().max()) < 1e-5

@@ -59,7 +59,7 @@ class AttentionCall:
         padding: which keys are padding and which not, [batch, keys], where the implementation is given that instead of
             a mask.
         after: what a listener wants called once the attention has been computed.
-        scores: set by `compute`.
+        scores, weights: set by `compute`: before and after the softmax.
 
     A listener may also replace `query`, `key`, `value` and `mask`: the attention is computed with what stands here in
     the end.
@@ -79,6 +79,7 @@ class AttentionCall:
     padding: Tensor | None = None
     after: list[Callable[[], None]] = field(default_factory=list)
     scores: Tensor | None = None
+    weights: Tensor | None = None
 
     def add_key_bias(self, bias: Tensor) -> None:
         """Add `bias` to the scores of each key, [batch, keys]; -inf hides a key."""
@@ -121,8 +122,9 @@ class AttentionCall:
         """Answer a call of one query here: its scores are computed once, for the model and for who reads it."""
         bias = self._bias(torch.zeros(1, 1, dtype=torch.long, device=self.query.device))
         self.scores = attention_scores(self.query, self.key, bias, self.scaling, self.softcap)
-        weights = self.scores.softmax(3).to(self.value.dtype).unflatten(1, (self.value.shape[1], -1)).squeeze(3)
-        self.answer = (weights @ self.value).flatten(1, 2).unsqueeze(1)
+        self.weights = self.scores.softmax(3).to(self.value.dtype)
+        grouped = self.weights.unflatten(1, (self.value.shape[1], -1)).squeeze(3)
+        self.answer = (grouped @ self.value).flatten(1, 2).unsqueeze(1)
 
     def whole_map(self) -> Tensor:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
@@ -343,7 +345,7 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             if part is not call and part.key_bias is not None:
                 call.key_bias = part.key_bias
         if call.answer is not None:
-            return _done(call, (call.answer, None))
+            return _done(call, (call.answer, call.weights))
         if call.key_bias is not None or call.mask is not prepared:
             if borders is not None or (attention_mask is not None and prepared is None):
                 raise InputError(
