@@ -11,7 +11,7 @@ import tokenwise as tw
 from tokenwise.cache.base import StoredTokens
 from tokenwise.errors import InputError
 from tokenwise.models.tap import AttentionCall
-from tokenwise.signals.gumbel import gumbel_noise
+from tokenwise.signals.gumbel import exponential_noise
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 6
 
@@ -90,9 +90,17 @@ def test_snap_kv_averages_what_the_window_sees_of_the_tokens_before_it(softcap):
     assert float((found[..., :-4] - snap_kv_scores(tokens, 4)).abs().max()) < 1e-6
 
 
+def tova_scores(tokens):
+    """After a pass of one query."""
+    mask = None if tokens.real is None else tokens.real.unsqueeze(2)
+    asked = tokens.notes["queries"], tokens.keys, tokens.values, mask, tokens.scaling
+    tw.TOVA().observe(tokens, AttentionCall(torch.nn.Identity(), *asked, softcap=tokens.softcap))
+    return tw.TOVA().score(tokens)
+
+
 def test_tova_averages_the_last_row_over_all_heads():
     tokens = stored(window=1)
-    found = tw.TOVA().score(tokens)
+    found = tova_scores(tokens)
     assert found.shape == (2, 1, 23)
     assert float((found[:, 0] - window_attention(tokens)[:, :, 0].mean(1)).abs().max()) < 1e-6
 
@@ -100,7 +108,7 @@ def test_tova_averages_the_last_row_over_all_heads():
 def test_heads_that_store_different_tokens_vote_for_tokens_not_for_places():
     tokens = stored(window=1, different=True, pads=(0, 0))
     rows = window_attention(tokens)[:, :, 0].unflatten(1, (KEY_HEADS, -1)).mean(2)
-    found = tw.TOVA().score(tokens)
+    found = tova_scores(tokens)
     for row in range(2):
         votes: dict[int, float] = {}
         for head in range(KEY_HEADS):
@@ -165,8 +173,8 @@ def test_chunks_stay_whole_and_the_last_one_in_part():
         assert int(kept.sum()) == 20
 
 
-@pytest.mark.parametrize("allocate", ["evenly", "heads"])
-def test_ada_kv_keeps_the_best_of_all_heads_beside_what_each_keeps_anyway(allocate):
+@pytest.mark.parametrize(("allocate", "floor"), [("evenly", 0.2), ("heads", 0.0), ("heads", 0.6)])
+def test_ada_kv_counts_the_best_of_all_heads_and_shares_the_floor_evenly(allocate, floor):
     model, ids = decoder(), prompt(40)
     found = []
 
@@ -175,8 +183,9 @@ def test_ada_kv_keeps_the_best_of_all_heads_beside_what_each_keeps_anyway(alloca
             found.append(super().score(tokens))
             return found[-1]
 
-    with tw.evict(model, Watched(keep=0.4, queries=4, allocate=allocate)) as cache:
+    with tw.evict(model, Watched(keep=0.4, queries=4, allocate=allocate, floor=floor)) as cache:
         model(ids, past_key_values=cache)
+        uneven = 0
         for layer in range(3):
             score = found[layer][0].clone()
             score[:, -4:] = float("inf")
@@ -185,10 +194,14 @@ def test_ada_kv_keeps_the_best_of_all_heads_beside_what_each_keeps_anyway(alloca
             if allocate == "evenly":
                 expected = [set(head.topk(16).indices.tolist()) for head in score]
             else:
-                # A fifth of 16 is 3, which the window fills.
-                flat = score.flatten().topk(32).indices.tolist()
-                expected = [{place - head * 40 for place in flat if place // 40 == head} for head in range(2)]
+                best = [place // 40 for place in score.flatten().topk(32).indices.tolist()]
+                first = round((1 - floor) * best.count(0) + floor * 16)
+                uneven += first != best.count(0)
+                expected = [
+                    set(head.topk(size).indices.tolist()) for head, size in zip(score, (first, 32 - first), strict=True)
+                ]
             assert [set(head.nonzero()[:, 0].tolist()) for head in kept] == expected
+        assert (uneven > 0) == (floor > 0.2)
         assert tw.AdaKV().allocate == "heads"
         assert tw.AdaKV().floor == 0.2
 
@@ -324,7 +337,7 @@ def noisy_columns(tokens, call, temperature, seed):
             if seed is not None:
                 places = torch.arange(tokens.seen - queries, tokens.seen).unsqueeze(1) - pad
                 lane = torch.tensor(tokens.layer * HEADS + head)
-                scores = scores + gumbel_noise(seed, lane, places, torch.arange(keys) - pad)
+                scores = scores - exponential_noise(seed, lane, places, torch.arange(keys) - pad).log()
             scores = scores.masked_fill(~call.mask[row, 0], float("-inf")) / temperature
             real = torch.arange(tokens.seen - queries, tokens.seen) >= pad
             found[row, head // 2] += scores.softmax(1)[real].sum(0)

@@ -1,5 +1,6 @@
 """The cache that evicts: exact at a full budget, equal to hiding, rows independent, memory freed, undone exactly."""
 
+import contextlib
 import gc
 
 import pytest
@@ -121,27 +122,62 @@ def test_a_prompt_read_in_pieces_and_held_is_as_in_one(method):
     with tw.evict(model, method) as whole, tw.evict(model, method) as pieces:
         one = model(ids[:, :40], past_key_values=whole)
         with pieces.held():
-            for part in ids[:, :40].split(16, 1):
+            for part in ids[:, :40].split((1, 13, 25, 1), 1):  # a piece of one token ends nothing
                 other = model(part, past_key_values=pieces)
+            assert pieces.kept(0).all()
         assert float((one.logits[:, -1] - other.logits[:, -1]).abs().max()) < 1e-5
         assert all(torch.equal(whole.kept(index), pieces.kept(index)) for index in range(3))
         one, other = (model(ids[:, 40:], past_key_values=cache).logits for cache in (whole, pieces))
         assert float((one - other).abs().max()) < 1e-5
 
 
-def test_generating_from_a_prompt_read_in_pieces():
-    model, ids = decoder(), prompt(40)
-    with tw.evict(model, METHODS["h2o"]()) as whole, tw.evict(model, METHODS["h2o"]()) as pieces:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [16, 13])  # the last piece has eight tokens, or one
+def test_generating_from_a_prompt_read_in_pieces(method, size):
+    model, ids, method = decoder(), prompt(40), METHODS[method]()
+    with tw.evict(model, method) as whole, tw.evict(model, method) as pieces:
         one = generate(model, ids, whole)
-        with pieces.held():
-            other = generate(model, ids, pieces, prefill_chunk_size=16)
-        assert difference(one, other) < 1e-5
+        with pieces.held(until=40):
+            other = generate(model, ids, pieces, prefill_chunk_size=size)
+        assert difference(one, other) < 2e-5
+        assert all(torch.equal(whole.kept(index), pieces.kept(index)) for index in whole.places)
+
+
+def test_how_long_a_cache_is_held():
+    model, ids, method = decoder(), prompt(60), METHODS["snap_kv"](queries=4)
+    with tw.evict(model, method) as cache:
+        with cache.held(until=40):
+            model(ids[:, :39], past_key_values=cache)
+            assert cache.layers[0].stored == 39
+            model(ids[:, 39:40], past_key_values=cache)
+            # With the piece that reaches it, and not when the block is left.
+            assert cache.layers[0].stored == 20
+            model(ids[:, 40:41], past_key_values=cache)
+            assert cache.layers[0].stored == 21
+        with pytest.raises(InputError, match="41 tokens that the cache has seen"), cache.held(until=41):
+            pass
+        with cache.held(until=100):
+            model(ids[:, 41:], past_key_values=cache)
+            assert cache.layers[0].stored == 40
+        # Fewer were read.
+        assert cache.layers[0].stored == 30
+        stopped = contextlib.suppress(ZeroDivisionError)
+        with stopped, cache.held():
+            model(ids[:, :4], past_key_values=cache)
+            raise ZeroDivisionError
+        assert cache.layers[0].stored == 34
+        model(ids[:, :1], past_key_values=cache)
+        assert cache.layers[0].stored == 35
+
+
+def test_without_being_held_every_piece_is_evicted_from():
+    model, ids = decoder(), prompt(40)
     with tw.evict(model, METHODS["h2o"]()) as cache:
         sizes = []
         hook = model.model.layers[0].register_forward_pre_hook(lambda *args: sizes.append(cache.layers[0].stored))
         generate(model, ids, cache, prefill_chunk_size=16, max_new_tokens=1)
         hook.remove()
-        # Not held, every piece is evicted from: 8 of 16, 16 of 32.
+        # 8 of 16, 16 of 32.
         assert sizes == [0, 8, 16]
 
 
@@ -353,3 +389,15 @@ def test_padding_that_no_mask_tells_is_refused():
     finally:
         transformers.AttentionInterface._global_mapping.pop("like_flash")
         transformers.AttentionMaskInterface._global_mapping.pop("like_flash")
+
+
+def test_attention_can_be_asked_for_while_generated_tokens_are_scored():
+    model, ids = decoder(), prompt()
+    model.set_attn_implementation("eager")
+    with tw.evict(model, tw.H2O(keep=0.5)) as cache, tw.evict(model, tw.H2O(keep=0.5), masked=True) as masked:
+        one, other = (generate(model, ids, which, output_attentions=True).attentions for which in (cache, masked))
+    for step, hidden in zip(one[1:], other[1:], strict=True):
+        for layer, whole in zip(step, hidden, strict=True):
+            assert layer.shape[3] < whole.shape[3]
+            found, expected = layer.sort(3).values, whole.sort(3).values[..., -layer.shape[3] :]
+            assert float((found - expected).abs().max()) < 1e-5

@@ -28,13 +28,23 @@ def test_amount(value: float | None, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(8.26, "8.3 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (372, "6 min 12 s"), (7505, "2 h 05 min")],
+    [
+        (0.00135, "1.35 ms"),
+        (0.218, "218 ms"),
+        (8.26, "8.3 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (372, "6 min 12 s"),
+        (7505, "2 h 05 min"),
+    ],
 )
 def test_duration(value: float, text: str) -> None:
     assert formatting.duration(value) == text
 
 
 def test_memory_and_ratio() -> None:
+    assert formatting.memory(3.54 * 2**20) == "3.5 MiB"
+    assert formatting.memory(9.96 * 2**20) == "10 MiB"
     assert formatting.memory(812 * 2**20) == "812 MiB"
     assert formatting.memory(1.5 * 2**30) == "1.50 GiB"
     assert formatting.ratio(1.306) == "1.31×"

@@ -110,3 +110,54 @@ def test_no_method_is_named_that_loses_to_chance_elsewhere():
     one = found(40)
     assert one.sentence == "Use inside at keep 0.5."
     assert one.points[0].endswith("; chance elsewhere (chance_inside) does better than before.")
+
+
+def test_what_is_lost_at_a_budget_is_said_and_which_budget_loses_nothing():
+    found = answer(("tome", 0.75, 82, 76.0), ("tome", 0.5, 180, 51.0), ("evit", 0.5, 185, 51.0))
+    # The dense model has 80 of 400 wrong: tome keeps (400 - 180) / (400 - 80) of what it gets right.
+    worse, smallest = found.remarks
+    assert worse.startswith("Even so worse than dense: at keep 0.5 tome keeps 69% of its right answers (6")
+    row = next(row for row in found.rows if row.label == "tome 0.5")
+    low, high = (round(100 * (1 - end / 80)) for end in (row.versus_baseline.high, row.versus_baseline.low))
+    assert worse.endswith(f"({low}% to {high}%).")
+    near = next(row for row in found.rows if row.label == "tome 0.75").versus_baseline
+    assert smallest == (
+        "Smallest budget at which a method is not shown to be worse than dense: keep 0.75 "
+        f"(tome, {near.high:.2f} points worse at most)."
+    )
+    assert found.answer == " ".join([found.sentence, worse, smallest])
+    best = answer(("tome", 0.75, 82, 76.0), ("tome", 0.5, 80, 51.0))
+    # Not one image is given another class: an interval that is a point bounds nothing, which a note says.
+    assert best.remarks == ("Smallest budget at which a method is not shown to be worse than dense: keep 0.5 (tome).",)
+    assert any("not one of the 400 held-out images came out otherwise. Up to 0.9 percentage" in n for n in best.notes)
+    none = answer(("tome", 0.75, 110, 76.0), ("tome", 0.5, 180, 51.0))
+    assert none.remarks[-1].endswith("worse than dense: none.")
+
+
+def test_what_stores_everything_is_no_rival_of_what_stores_less():
+    results = []
+    for seed in range(3):
+        results.append(run("full", seed, 80, role="baseline"))
+        for share, wrong, reads in ((0.5, 100, 82), (0.25, 180, 110)):
+            results.append(run(f"h2o {share}", seed, wrong, share, control=f"random {share}"))
+            results.append(run(f"quest {share}", seed, reads, share, control=f"random {share}"))
+            costs = results[-1].costs
+            costs.token_share, costs.tokens_before, costs.tokens_read = 1.0, 100, 100 * share
+            results.append(run(f"random {share}", seed, 250, share, role="control"))
+    summary = {"baseline": "full", "seeds": [0, 1, 2], "family": "cache"}
+    found = conclude(results, summary)
+    assert found.sentence == "Use h2o at keep 0.5 and 0.25."
+    assert found.remarks[0] == "To store all and read less of it: use quest at keep 0.5 and 0.25."
+    assert "at keep 0.25 h2o keeps 69% of its right answers" in found.remarks[1]
+    assert "at keep 0.25 and all stored quest keeps 91% of its right answers" in found.remarks[1]
+    assert "full: none; keep 0.5 and all stored (quest, " in found.remarks[2]
+    assert found.points[1].startswith("Keep 0.5, all stored: quest (")
+    # It stores everything as it should, and reads no more than the budget says.
+    assert not any("could not go as low" in note or "reads" in note for note in found.notes)
+    for result in results:
+        if result.costs.tokens_read is not None:
+            result.costs.tokens_read = 30
+    note = next(note for note in conclude(results, summary).notes if "reads" in note)
+    assert note.endswith(": quest 0.5 reads 30 tokens of a budget of 50, quest 0.25 reads 30 tokens of a budget of 25.")
+    alone = conclude([result for result in results if "h2o" not in result.job.label], summary)
+    assert alone.sentence == "Use quest at keep 0.5 and 0.25."

@@ -133,7 +133,7 @@ READ = {
     "triangle": ({"mask": TRIANGLE[None, None]}, [64, 128, 192, 200]),
     "added": ({"mask": torch.zeros(1, 1, 200, 200).masked_fill(~TRIANGLE, -3e38)}, [64, 128, 192, 200]),
     "one sees further": ({"mask": FAR[None, None]}, [191, 128, 192, 200]),
-    "the first alone": ({"mask": FIRST[None, None]}, [2, 2, 2, 2]),
+    "the first alone": ({"mask": FIRST[None, None]}, [1, 1, 1, 1]),
     "plain": ({"mask": None}, [200] * 4),
 }
 
@@ -160,5 +160,28 @@ def test_columns_with_noise_at_a_temperature():
     noise = torch.randn(3, 6, 41, 41, generator=torch.Generator().manual_seed(3))
     scores = 2.0 * torch.tanh(call.query.double() @ call.key.double().transpose(2, 3) * 0.3 / 2.0) + noise
     expected = (scores.masked_fill(~call.mask, float("-inf")) / 1.7).softmax(3).mean(2).float()
-    found = call.columns(None, 1.7, lambda positions, keys: noise[:, :, positions[0], :keys])
+    divisors = (-noise).exp()
+    found = call.columns(
+        None, 1.7, lambda positions, sequences, heads, end: divisors[sequences, heads, positions, :end]
+    )
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_of_one_query_is_computed_once(dtype, softcap):
+    call = made(queries=1, scaling=0.3, mask=random_mask(3, 1, 1, 41), softcap=softcap, key_heads=2)
+    call.query, call.key, call.value = (values.to(dtype) for values in (call.query, call.key, call.value))
+    read = call.columns()
+    divisors = torch.rand(3, 6, 1, 41, generator=torch.Generator().manual_seed(3)) + 0.1
+
+    def noise(positions, sequences, heads, end):
+        return divisors[sequences, heads, positions, :end].clone()
+
+    noisy = call.columns(torch.tensor([[True], [False], [True]]), 1.7, noise)
+    call.compute()
+    expected = (read.unsqueeze(2) @ call.value.float().repeat_interleave(3, 1)).transpose(1, 2)
+    torch.testing.assert_close(call.answer.float(), expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
+    torch.testing.assert_close(call.columns(), read, atol=1e-6, rtol=0)
+    torch.testing.assert_close(call.columns(torch.tensor([[True], [False], [True]]), 1.7, noise), noisy)
+    assert not noisy[1].any()

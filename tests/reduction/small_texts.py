@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+
 from small_models import spread
 
 _COMMON = {

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import llama, llava, pictures, vision
 
 import tokenwise as tw
+from small_models import llama, llava, pictures, vision
 from tokenwise.errors import InputError
 
 AT_INPUT = [tw.FasterVLM(keep=0.5), tw.DivPrune(keep=0.25)]

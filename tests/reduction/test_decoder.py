@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from small_models import llama, llava, pictures, spread, vision
-from small_vision_language import vision_language
 
 import tokenwise as tw
+from small_models import llama, llava, pictures, spread, vision
+from small_vision_language import vision_language
 from tokenwise.errors import InputError
 from tokenwise.models.selective_kv import SelectiveLayer
 

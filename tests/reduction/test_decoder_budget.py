@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import llama, llava, pictures
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenwise as tw
+from small_models import llama, llava, pictures
 from tokenwise.errors import InputError
 from tokenwise.policies.plans import Shape, fit_macs, tokens_in_stages
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import llama, llava, pictures
 
 import tokenwise as tw
+from small_models import llama, llava, pictures
 from tokenwise.errors import InputError
 from tokenwise.policies.density_peaks import density_peaks
 from tokenwise.policies.elbow import above_elbow

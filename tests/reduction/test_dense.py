@@ -1,7 +1,7 @@
 import pytest
 import torch
-from small_models import pictures, vision
 
+from small_models import pictures, vision
 from tokenwise.errors import InputError
 from tokenwise.reduction.apply import reduce
 from tokenwise.reduction.dense import Dense

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from small_models import pictures, spread, vision
 from torch.nn import functional
 
 import tokenwise as tw
+from small_models import pictures, spread, vision
 from tokenwise.errors import InputError
 from tokenwise.models.encoders import find_encoder
 from tokenwise.models.tap import AttentionCall

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from small_models import pictures, spread, vision
 
 import tokenwise as tw
+from small_models import pictures, spread, vision
 from tokenwise.errors import InputError
 from tokenwise.models.tap import AttentionCall
 from tokenwise.policies.matching import merge_marked

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from small_models import VISION, pictures, spread, vision
 
 import tokenwise as tw
+from small_models import VISION, pictures, spread, vision
 from tokenwise.errors import InputError
 
 METHODS = {

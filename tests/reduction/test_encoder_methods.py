@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import VISION, pictures, vision
 from small_texts import TEXT, batch, text
 
 import tokenwise as tw
+from small_models import VISION, pictures, vision
 from tokenwise.errors import InputError
 from tokenwise.models.tap import AttentionCall
 from tokenwise.policies.plans import Shape, entering

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import llava, pictures
 
 import tokenwise as tw
+from small_models import llava, pictures
 from tokenwise.errors import InputError
 from tokenwise.models import vision_language
 from tokenwise.models.vision_language import PROJECTOR_INPUTS, EncodedImage, vision_language_model

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import llava, pictures
-from small_vision_language import ROWS, batch_for, vision_language
 
 import tokenwise as tw
+from small_models import llava, pictures
+from small_vision_language import ROWS, batch_for, vision_language
 from tokenwise.errors import InputError
 from tokenwise.policies.plans import Shape
 

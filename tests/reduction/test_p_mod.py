@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from small_models import llama, llava, pictures, vision
-from small_vision_language import IMAGE, KINDS, ROWS, VIDEO, batch_for, vision_language
 from test_decoder import pictured
 from torch import nn
 
+from small_models import llama, llava, pictures, vision
+from small_vision_language import IMAGE, KINDS, ROWS, VIDEO, batch_for, vision_language
 from tokenwise.errors import InputError
 from tokenwise.models.selective_kv import SelectiveLayer
 from tokenwise.reduction import MixtureOfDepths, mixture_ratios

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from small_models import pictures, vision
 
 import tokenwise as tw
+from small_models import pictures, vision
 from tokenwise.errors import InputError
 from tokenwise.models.encoders import find_encoder
 from tokenwise.policies.plans import Shape

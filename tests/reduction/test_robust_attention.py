@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import pictures, vision
 
 import tokenwise as tw
+from small_models import pictures, vision
 from tokenwise.errors import InputError
 from tokenwise.reduction import AttentionDiversity, TokenAwarePooling
 from tokenwise.signals.attention_diversity import attention_similarity

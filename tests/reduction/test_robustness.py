@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers
-from small_models import llava, pictures, spread
 
 import tokenwise as tw
+from small_models import llava, pictures, spread
 from tokenwise.errors import InputError
 from tokenwise.policies.agreement import jaccard
 from tokenwise.reduction.robustness import rank_gap
-from tokenwise.signals.attention import attention_columns, attention_rows, with_gradient
+from tokenwise.signals.attention import Shown, attention_columns, attention_rows, with_gradient
 
 
 def classifier():
@@ -156,13 +156,13 @@ def test_attention_is_differentiable_where_asked():
 
     def columns(query):
         with with_gradient():
-            return attention_columns(query, key, lambda _: None, 0.5)
+            return attention_columns(query, key, lambda _: Shown(5), 0.5)
 
     assert torch.autograd.gradcheck(rows, query)
     assert torch.autograd.gradcheck(columns, query)
     assert not attention_rows(query, key, torch.tensor([0]), lambda _: None, 0.5).requires_grad
     with with_gradient(), torch.no_grad():
-        assert not attention_columns(query, key, lambda _: None, 0.5).requires_grad
+        assert not attention_columns(query, key, lambda _: Shown(5), 0.5).requires_grad
 
 
 def test_bad_input_is_refused():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import pictures, vision
 
+from small_models import pictures, vision
 from tokenwise.errors import InputError
 from tokenwise.reduction import ReverseSlimming, TokenSlimming, attach_slimming
 from tokenwise.reduction.slimming import slimming_loss

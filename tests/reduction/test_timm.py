@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small_models import pictures
 from timm_models import VARIANTS, timm_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenwise as tw
+from small_models import pictures
 from tokenwise.errors import InputError
 from tokenwise.models.tap import listen
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small_models import pictures, vision
 
+from small_models import pictures, vision
 from tokenwise.errors import InputError
 from tokenwise.reduction import TokenExits
 from tokenwise.reduction.token_exits import certain_tokens

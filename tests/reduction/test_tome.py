@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import pictures
 from timm_models import timm_model, written_weights
 
 import tokenwise as tw
+from small_models import pictures
 from tokenwise.policies.matching import bipartite_edges, merge_evens
 from tokenwise.policies.plans import Shape
 from tokenwise.reduction.merge import Merge

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from small_models import spread
-from small_vision_language import IMAGE, batch_for, one_row, vision_language
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import tokenwise as tw
+from small_models import spread
+from small_vision_language import IMAGE, batch_for, one_row, vision_language
 from tokenwise.errors import InputError
 from tokenwise.models.rotary import find_rotary
 from tokenwise.reduction import InputReducer, Merge, virtual_unmerge

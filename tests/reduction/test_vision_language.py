@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 import transformers
+from torch.nn import functional
+
+import tokenwise as tw
 from small_vision_language import (
     CLASS_TOKEN,
     IMAGE,
@@ -19,9 +22,6 @@ from small_vision_language import (
     one_row,
     vision_language,
 )
-from torch.nn import functional
-
-import tokenwise as tw
 from tokenwise.errors import InputError
 from tokenwise.models.encoders import find_encoder
 from tokenwise.models.vision_language import LAYOUTS, Signal, vision_language_model

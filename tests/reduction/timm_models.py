@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+
 from small_models import spread
 
 _VARIANTS = {

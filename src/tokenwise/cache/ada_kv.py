@@ -9,7 +9,11 @@ from tokenwise.method import Card, Paper
 
 
 class AdaKV(SnapKV):
-    """Keeps the best tokens of all heads of a layer together, by SnapKV's scores: some heads store more than others."""
+    """Lets the heads of a layer share its budget by how many of its best tokens each has, by SnapKV's scores.
+
+    `floor` of the budget is shared evenly. The authors' runs read 32 queries and smooth by the largest of 7 neighbours,
+    where this one scores as SnapKV does, so that both can be compared.
+    """
 
     card: ClassVar[Card] = Card(
         id="cache/ada_kv",
@@ -19,8 +23,9 @@ class AdaKV(SnapKV):
             venue="NeurIPS 2025",
         ),
         status="VERIFIED",
-        checked="what heads keep against a plain allocation and kvpress 0.5.5; the authors' code mixes the counts of "
-        "heads with the floor instead",
+        checked="the tokens that the authors' code keeps, which rounds the count of each head by itself: here they "
+        "add up to the budget; kvpress 0.5.5 gives the floor alone to a head that has fewer, and all else to "
+        "the best tokens",
         control="cache/random",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import abstractmethod
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class ListeningCache(Cache, Handle):
     model: nn.Module
     method: Any
     masked: bool
+    works_in: ClassVar[tuple[str, ...]] = ()
+    """The functions in which what the method looks at, scores, chooses and moves is done, for whoever times it."""
 
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)

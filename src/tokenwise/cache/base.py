@@ -14,12 +14,11 @@ from tokenwise.method import Method
 from tokenwise.policies.budget import Keep, KeepOrBytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from tokenwise.models.rotary import Rotary
     from tokenwise.models.tap import AttentionCall
+    from tokenwise.signals.attention import Divisors
 
 
 @dataclass
@@ -89,23 +88,23 @@ class StoredTokens:
         scores = (queries.flatten(2, 3) * self.scaling) @ self.keys.float().transpose(2, 3)
         scores = scores.unflatten(2, queries.shape[2:4])
         if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         count = queries.shape[3]
         places = torch.arange(self.seen - count, self.seen, device=scores.device)
         seen = self.positions.unsqueeze(2) <= places.view(1, 1, -1, 1)
         if self.real is not None:
             seen = seen & self.real.unsqueeze(2)
-        rows = scores.masked_fill(~seen.unsqueeze(2), torch.finfo(scores.dtype).min).softmax(-1)
-        return rows * (places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1)
+        # In place: new memory of this size takes longer than the work.
+        scores.masked_fill_(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
+        rows = torch.softmax(scores, -1, out=scores)
+        return rows.mul_((places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1))
 
-    def received(
-        self, call: AttentionCall, temperature: float = 1.0, noise: Callable[[Tensor, int], Tensor] | None = None
-    ) -> Tensor:
+    def received(self, call: AttentionCall, temperature: float = 1.0, divisors: Divisors | None = None) -> Tensor:
         """The attention that each stored token receives from the queries of a call, padding left out.
 
         Args:
             call: over what is stored.
-            temperature, noise: as for `AttentionCall.columns`.
+            temperature, divisors: as for `AttentionCall.columns`.
 
         Returns:
             [batch, key heads, stored], summed over the queries and the heads that share a key, fp32.
@@ -114,7 +113,7 @@ class StoredTokens:
         shown = self.notes.get("shown")
         valid = None if shown is None else shown[:, -queries:]
         count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
-        return (call.columns(valid, temperature, noise) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
+        return (call.columns(valid, temperature, divisors) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
 
     def accumulate(self, name: str, values: Tensor) -> None:
         """Add `values`, [batch, key heads or 1, stored], to a track."""
@@ -143,9 +142,10 @@ class CacheMethod(Method):
     family: ClassVar[str] = "cache"
     traits: ClassVar[tuple[str, ...]] = ("reads", "mode")
     reads: ClassVar[frozenset[str]] = frozenset()
-    """What the score is made of: ``keys``, ``values``, ``queries`` (those of this step), ``window`` (the attention of
-    the last queries), ``received`` (the attention of all of them), ``earlier`` (what the layers before keep),
-    ``rotary`` (how queries are turned), ``repetition`` (the attention of the prompt when it is read a second time)."""
+    """What the score is made of: ``keys``, ``values``, ``queries`` (those of this step), ``last`` (the attention of the
+    last query), ``window`` (that of the last ones), ``received`` (the attention of all of them), ``earlier`` (what the
+    layers before keep), ``rotary`` (how queries are turned), ``repetition`` (the attention of the prompt when it is
+    read a second time)."""
     mode: ClassVar[Literal["evict", "select"]]
     """Whether tokens leave the cache, or each step reads some of those stored."""
 
@@ -186,7 +186,8 @@ class CachePolicy(CacheMethod):
     """How the budget is shared out: as much to every head; less to later layers; or to the best tokens of all heads of
     a layer, or of all layers and heads."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Of its even share what each head keeps anyway, when heads share a budget."""
+    """Of its even share what each head keeps anyway, when heads share a budget; the rest goes to the best tokens, with
+    `allocate` ``heads`` to each head by how many of the best it has."""
     beta: Annotated[float, Field(gt=1)] = 20.0
     """How small the last layer's share is, with `allocate` ``pyramid``: one part in so many."""
     bits: Literal[8, 4] | None = None
@@ -197,7 +198,7 @@ class CachePolicy(CacheMethod):
 
     @property
     def window(self) -> int:
-        """How many of the last queries are read; their tokens are protected."""
+        """How many of the last queries are read; their tokens are protected unless the method says otherwise."""
         return 0
 
     @property

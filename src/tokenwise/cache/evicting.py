@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from tokenwise.policies.budget import kept_count
 from tokenwise.policies.eviction import (
     best_of_all,
     best_of_each_head,
+    best_of_shared,
     protected,
     pyramid_counts,
     tier_counts,
@@ -50,6 +52,8 @@ class EvictingCache(ListeningCache):
             of all tokens would take.
     """
 
+    works_in: ClassVar[tuple[str, ...]] = ("_computed", "_evict_from_all")
+
     def __init__(self, model: nn.Module, method: CachePolicy, masked: bool = False, protect: Tensor | None = None):
         attentions = cached_attentions(model)
         super().__init__(_layers(model))
@@ -66,7 +70,7 @@ class EvictingCache(ListeningCache):
         self._evicted_at: dict[int, int] = {}
         self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
-        self._held = False
+        self._held_until: float | None = None
         self._repeats = repeats(method, masked)
         self._narrows = narrows(method)
         self._again: Tensor | None = None
@@ -115,17 +119,31 @@ class EvictingCache(ListeningCache):
         return shown.scatter_(2, positions.masked_fill(~real, stored.seen), True)[..., : stored.seen]
 
     @contextmanager
-    def held(self) -> Iterator[Self]:
-        """Evict nothing while a prompt is read in pieces, and then as if it had been read in one: when the block is
-        left, or before the first pass of a single token, so that it may stand around `generate` with
-        ``prefill_chunk_size``."""
-        self._held = True
+    def held(self, until: int | None = None) -> Iterator[Self]:
+        """Evict nothing while a prompt is read in pieces of whatever length, and then as if it had been read in one.
+
+        Args:
+            until: columns of the whole prompt (``prompt.shape[1]``), earlier turns included: with the piece that
+                reaches it the prompt ends, so that the block may stand around `generate` with ``prefill_chunk_size``.
+                None, or where fewer are read: it ends with the block.
+
+        Raises:
+            InputError: when the cache has seen so many tokens already.
+        """
+        if until is not None and until <= self.get_seq_length():
+            message = f"{until} is no more than the {self.get_seq_length()} tokens that the cache has seen."
+            raise InputError(Problem("until", message, "Count the tokens of earlier turns, too."))
+        self._held_until = math.inf if until is None else until
         try:
             yield self
-            if self._held and self._heard:
+            if self._heard and self.get_seq_length() < self._held_until:
                 self._release()
         finally:
-            self._held = False
+            self._held_until = None
+
+    def _holds(self, seen: int) -> bool:
+        """Whether a prompt of which so many tokens have been seen is still being read in pieces."""
+        return self._held_until is not None and seen < self._held_until
 
     def _evict_from_all(self) -> None:
         first = self._selective(self._places[0])
@@ -240,13 +258,10 @@ class EvictingCache(ListeningCache):
     def begin(self, tokens: int) -> None:
         """Before a pass of so many tokens through the model."""
         self._repair()
-        if tokens == 1 and self._held and self.get_seq_length():
-            self._release()
 
     @torch.no_grad()
     def _release(self) -> None:
-        self._held = False
-        if self._selective(self._places[0]).seen:
+        if self.get_seq_length():
             self._evict_from_all()
 
     def _changed(self, layer: SelectiveLayer) -> bool:
@@ -297,7 +312,8 @@ class EvictingCache(ListeningCache):
     def attended(self, index: int, call: AttentionCall) -> None:
         layer = self._selective(index)
         method, tokens, whole = self.method, call.query.shape[2], call.mask
-        reading = tokens > 1 or layer.seen == tokens or self._again is not None
+        again = self._again is not None
+        reading = tokens > 1 or layer.seen == tokens or again or self._holds(layer.seen - tokens)
         if self._again is not None:
             pass
         elif reading:
@@ -318,6 +334,9 @@ class EvictingCache(ListeningCache):
                 self._attended_again(index, layer, call, whole)
             else:
                 self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
+                alone = call.answer is None and call.key_bias is None and not torch.is_grad_enabled()
+                if alone and not reading and method.reads & {"received", "last"}:
+                    call.compute()
                 call.after.append(lambda: self._computed(index, call, whole, reading))
         elif self._idle and reading and index == self._places[-1]:
             self._note_sizes()
@@ -331,7 +350,7 @@ class EvictingCache(ListeningCache):
         self._observe(index, layer, call, whole)
         since = layer.seen - self._evicted_at.get(index, 0)
         due = reading or (method.interval is not None and since >= method.interval)
-        if due and not self._held and not self._repeats:
+        if due and not self._holds(layer.seen) and not self._repeats:
             self._evict(index)
         if index == self._places[-1]:
             self._note_sizes()
@@ -373,7 +392,9 @@ class EvictingCache(ListeningCache):
         before = first.notes.get("unrepeated")
         first.notes["unrepeated"] = ids if before is None else torch.cat([before, ids], 1)
         self._last = (mask, None if places is None else places[..., -1:])
-        if not self._held and (ids.shape[1] > 1 or first.seen == 1):
+        tokens = ids.shape[1]
+        reading = tokens > 1 or first.seen == 1 or self._holds(first.seen - tokens)
+        if reading and not self._holds(first.seen):
             with torch.no_grad():
                 self._evict_from_all()
 
@@ -585,8 +606,7 @@ class EvictingCache(ListeningCache):
             counts = layer.notes["counts"]
             if method.allocate == "heads":
                 score = score.expand(-1, layer.key_heads, -1)
-                floors = (counts * method.floor).long().clamp_min(1)
-                self._keep_ragged(index, best_of_all([score], counts * layer.key_heads, floors)[0])
+                self._keep_ragged(index, best_of_shared(score, counts, method.floor))
                 continue
             if method.bits is not None:
                 self._keep_tiers(index, score, counts)

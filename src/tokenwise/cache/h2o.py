@@ -24,7 +24,8 @@ class H2O(CachePolicy):
             venue="NeurIPS 2023",
         ),
         status="VERIFIED",
-        checked="the formula in fp64",
+        checked="scores, tokens kept and logits of the authors' code that evicts, while it generates, and the formula "
+        "in fp64",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"received"})

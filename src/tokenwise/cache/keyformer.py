@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -13,11 +12,10 @@ from tokenwise.method import Card, Paper
 from tokenwise.policies.budget import KeepOrBytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from tokenwise.models.tap import AttentionCall
+    from tokenwise.signals.attention import Divisors
 
 
 class Keyformer(H2O):
@@ -34,8 +32,9 @@ class Keyformer(H2O):
             venue="MLSys 2024",
         ),
         status="VERIFIED",
-        checked="the formula in fp64; unlike the authors' code each row of a batch has scores of its own, and exactly "
-        "the last tokens are protected",
+        checked="the scores of the authors' code with the same noise, while its temperature rises, what it keeps of a "
+        "prompt, and the formula in fp64; theirs counts the token to come among the last and always drops the "
+        "first of these, has one score for all rows of a batch, and its budget is a share of the prompt",
         control="cache/random",
     )
 
@@ -65,39 +64,30 @@ class Keyformer(H2O):
             tokens.notes["generated"] = generated + 1
         steps = min(int(tokens.notes["generated"][0]), self.tau_steps)
         temperature = self.tau_start + steps / self.tau_steps * (self.tau_end - self.tau_start)
-        if not self.gumbel:
-            tokens.accumulate("received", tokens.received(call, temperature))
-            return
-        key_heads = call.key.shape[1]
-        shared = call.query.shape[1] // key_heads
-        # A head at a time where there are many queries: the noise of a block takes as much memory as its scores.
-        size = key_heads if call.query.shape[2] == 1 else 1
-        found = []
-        for first in range(0, key_heads, size):
-            inner = slice(first, first + size)
-            outer = slice(first * shared, (first + size) * shared)
-            mask = call.mask[:, outer] if call.mask is not None and call.mask.shape[1] > 1 else call.mask
-            part = replace(call, query=call.query[:, outer], key=call.key[:, inner], mask=mask)
-            found.append(tokens.received(part, temperature, self._noise(tokens, call.query.shape[2], outer, inner)))
-        tokens.accumulate("received", torch.cat(found, 1))
+        divisors = self._divisors(tokens, call.query.shape[2]) if self.gumbel else None
+        tokens.accumulate("received", tokens.received(call, temperature, divisors))
 
-    def _noise(self, tokens: StoredTokens, queries: int, outer: slice, inner: slice) -> Callable[[Tensor, int], Tensor]:
-        """Noise of some heads, the same for a row whether it is padded or not."""
+    def _divisors(self, tokens: StoredTokens, queries: int) -> Divisors:
+        """The noise, the same for a row whether it is padded or not, as what divides the exponentials of the scores."""
         import torch
 
-        from tokenwise.signals.gumbel import gumbel_noise
+        from tokenwise.signals.gumbel import exponential_noise
 
-        heads = torch.arange(outer.start, outer.stop, device=tokens.pads.device)
-        lanes = (tokens.layer * tokens.query_heads + heads).view(1, -1, 1, 1)
-        pads = tokens.pads.view(-1, 1, 1, 1)
-        places = tokens.positions[:, inner] if tokens.positions.shape[1] > 1 else tokens.positions
-        keys = places.repeat_interleave(len(heads) // places.shape[1], 1).unsqueeze(2) - pads
+        pads = tokens.pads.view(-1, 1, 1)
+        keys = tokens.positions - pads
         # Rows that are alike share their noise.
         if len(pads) > 1 and bool((keys == keys[:1]).all()) and bool((pads == pads[:1]).all()):
             keys, pads = keys[:1], pads[:1]
+        shared = tokens.query_heads // keys.shape[1]
 
-        def noise(positions: Tensor, end: int) -> Tensor:
-            asking = (tokens.seen - queries + positions).view(1, 1, -1, 1) - pads
-            return gumbel_noise(self.seed, lanes, asking, keys[..., :end])
+        def divisors(positions: Tensor, sequences: slice, heads: slice, end: int) -> Tensor:
+            some = sequences if len(pads) > 1 else slice(None)
+            asked = torch.arange(heads.start, min(heads.stop, tokens.query_heads), device=positions.device)
+            inner = slice(heads.start // shared, -(-heads.stop // shared))
+            # [rows of the batch, heads that store others, heads that share them, queries, keys].
+            looked_at = keys[some, inner, None, None, :end]
+            lanes = (tokens.layer * tokens.query_heads + asked).view(1, looked_at.shape[1], -1, 1, 1)
+            asking = (tokens.seen - queries + positions).view(1, 1, 1, -1, 1) - pads[some, :, :, None, None]
+            return exponential_noise(self.seed, lanes, asking, looked_at).flatten(1, 2)
 
-        return noise
+        return divisors

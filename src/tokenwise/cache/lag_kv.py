@@ -22,15 +22,17 @@ class LagKV(CachePolicy):
             title="LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", arxiv="2504.04704"
         ),
         status="VERIFIED",
-        checked="the numbers of kvpress 0.5.5",
+        checked="the numbers of kvpress 0.5.5, and the tokens that the authors' code keeps",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
 
     sink: Annotated[int, Field(ge=0)] = 4
-    """Tokens at the beginning that stay, within the budget; blocks begin behind them."""
+    """Tokens at the beginning that stay, within the budget; blocks begin behind them. The authors' code has 16, and
+    kvpress 4."""
     lag: Annotated[int, Field(ge=2)] = 128
-    """Tokens of a block. The last whole block, and what follows it, score above all others."""
+    """Tokens of a block. The last whole block, and what follows it, score above all others. The authors' code has 1024
+    unless told, and 128 in its example."""
 
     def score(self, tokens: StoredTokens) -> Tensor:
         import torch

@@ -66,7 +66,7 @@ def problems_of(
     name, places = type(method).__name__, list(attentions)
     refusals = (method.refuses(attention) for attention in attentions.values())
     problems = [problem for problem in refusals if problem is not None][:1]
-    problems += basic_problems(model, method, places, max(method.recent, method.window))
+    problems += basic_problems(model, method, places, method.protects - method.sink)
     keep = method.keep
     if isinstance(keep, str) and keep.endswith("bytes") and places:
         config = attentions[places[0]].config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class SelectingCache(ListeningCache):
         stats: ``tokens_seen`` (columns, padding included), ``tokens_read`` by the last step (mean over layers, of the
             row that reads most), ``bytes``, and ``full_bytes``, what a stock cache would take.
     """
+
+    works_in: ClassVar[tuple[str, ...]] = ("_select",)
 
     def __init__(self, model: nn.Module, method: CacheSelector, masked: bool = False):
         attentions = cached_attentions(model)
@@ -107,6 +109,19 @@ class SelectingCache(ListeningCache):
             _note_padding(layer, call)
         if method.keep == 1.0:
             return
+        self._select(index, layer, call, first)
+        if index == self.places[-1]:
+            read = [layer.seen if found is None else found.shape[2] for found in self._read.values()]
+            self.stats.update(
+                tokens_seen=layer.seen,
+                tokens_read=sum(read) / len(read),
+                bytes=self.nbytes(),
+                full_bytes=self.full_nbytes(),
+            )
+
+    def _select(self, index: int, layer: GrowingLayer, call: AttentionCall, first: bool) -> None:
+        """Have the call read what the method selects; all of it in the `first` one."""
+        method, tokens = self.method, call.query.shape[2]
         with torch.no_grad():
             stored = self._tokens(index, layer, call)
             method.observe(stored, call)
@@ -117,14 +132,6 @@ class SelectingCache(ListeningCache):
             if not self.masked:
                 graded = torch.is_grad_enabled() and call.query.requires_grad
                 call.key, call.value = layer.take(places.clamp_min(0), None if graded else self._memory)
-        if index == self.places[-1]:
-            read = [layer.seen if found is None else found.shape[2] for found in self._read.values()]
-            self.stats.update(
-                tokens_seen=layer.seen,
-                tokens_read=sum(read) / len(read),
-                bytes=self.nbytes(),
-                full_bytes=self.full_nbytes(),
-            )
 
     def _tokens(self, index: int, layer: GrowingLayer, call: AttentionCall) -> StoredTokens:
         assert layer.keys is not None

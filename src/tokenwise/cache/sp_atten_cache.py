@@ -24,8 +24,9 @@ class SpAttenCache(H2O):
         ),
         status="RECONSTRUCTION",
         checked="the importance against sums over whole attention maps in fp64; the counts of the layers, that the "
-        "prompt itself is read whole, and that half of the budget goes to the last tokens are ours; heads, values and "
-        "bits are not pruned",
+        "prompt itself is read whole, and that half of the budget goes to the last tokens are ours; heads, "
+        "values and bits are not pruned; the authors' code for language models is another method: it ranks by "
+        "the scores of the last step before their softmax, in each layer alone",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"received", "earlier"})

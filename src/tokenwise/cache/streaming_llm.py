@@ -22,7 +22,7 @@ class StreamingLLM(CachePolicy):
             title="Efficient Streaming Language Models with Attention Sinks", arxiv="2309.17453", venue="ICLR 2024"
         ),
         status="VERIFIED",
-        checked="the formula in fp64",
+        checked="the logits of the authors' code while it generates, and the formula in fp64",
         control="cache/random",
     )
     ordered: ClassVar[bool] = False

@@ -25,7 +25,9 @@ class ThinK(SnapKV):
         id="cache/think",
         paper=Paper(title="ThinK: Thinner Key Cache by Query-Driven Pruning", arxiv="2407.21018", venue="ICLR 2025"),
         status="VERIFIED",
-        checked="the channels that kvpress 0.5.5 chooses",
+        checked="the channels that the authors' code and kvpress 0.5.5 choose; as in kvpress all keys lose channels, "
+        "where the authors' code leaves the last 32 and those that follow whole, and chooses by the keys that "
+        "stay where tokens go, too",
         control="cache/random",
     )
     dense_at_full: ClassVar[bool] = False

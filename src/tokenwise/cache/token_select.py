@@ -34,8 +34,9 @@ class TokenSelect(CacheSelector):
             venue="EMNLP 2025",
         ),
         status="RECONSTRUCTION",
-        checked="vote and choice against the formula in fp64; keys after the rotary embedding and original positions "
-        "are ours",
+        checked="what the authors' code reads of the same keys, with logits, and vote and choice against the formula "
+        "in fp64; keys after the rotary embedding and original positions are ours; their code leaves the "
+        "choice of a similar query switched off",
         control="cache/random",
     )
     reads: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})

@@ -24,7 +24,7 @@ class Comparison:
         plan: what was compared.
         folder: where everything it made lies.
         results: of every job, finished and failed, in the plan's order.
-        conclusion: the answer with the figures behind it; `conclusion.sentence` says it in one sentence.
+        conclusion: the answer with the figures behind it; `conclusion.answer` says it in words.
         report: the report, one self-contained HTML file.
         command: what repeats it in a terminal.
     """

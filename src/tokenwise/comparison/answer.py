@@ -20,6 +20,8 @@ from tokenwise.comparison.statistics import LEVEL, Interval, difference
 FEW_ITEMS = 20
 OVER = 0.02
 """A method that keeps so much more than its budget says is told."""
+OFF = 0.15
+"""A method that reads so much more or less than its budget says, as a share of it, is told."""
 _NOTHING = Measure("held-out quality", "")
 """What is measured where nothing has been."""
 
@@ -60,6 +62,7 @@ class Row:
         reference_costs: what training its reference cost, or None without one.
         relative_flops: FLOPs with the reference's, over the baseline's; None where either is not measured.
         relative_seconds: the same of the wall time; None also where it is not comparable.
+        relative_decode_seconds: the same of the time of writing a token.
         failures: the runs that failed.
         share: the budget it was run at, where the comparison has several: in (0, 1], or an amount.
         unit: what that budget is of.
@@ -92,6 +95,7 @@ class Row:
     unit: str = ""
     series: str = ""
     way: str = ""
+    relative_decode_seconds: float | None = None
 
     @property
     def beats_control(self) -> bool:
@@ -108,6 +112,7 @@ class Conclusion:
         winner: the label it names, or None; None also where it names one for each budget.
         chosen: the labels it names.
         points: what stands behind it, a sentence for each budget where there are several.
+        remarks: what belongs to it, in whole sentences: what is lost at these budgets, and which one loses nothing.
         baseline: label of the baseline.
         rows: one per method, the baseline first.
         failures: every run and reference that failed.
@@ -141,7 +146,13 @@ class Conclusion:
     notes: tuple[str, ...]
     chosen: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     family: str = "weighting"
+
+    @property
+    def answer(self) -> str:
+        """The sentence with its remarks."""
+        return " ".join([self.sentence, *self.remarks])
 
     @property
     def trains(self) -> bool:
@@ -194,11 +205,11 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
     family = plan_summary.get("family", "weighting")
     if family != "weighting":
         unit = next((result.job.budget["unit"] for result in results), "keep")
-        sentence, points, chosen = answer_by_budget(rows, baseline, between, decimals, unit)
+        sentence, remarks, points, chosen = answer_by_budget(rows, baseline, between, decimals, unit)
         winner = None
     else:
         sentence, winner = answer(rows, baseline, compared, between, decimals)
-        chosen, points = () if winner is None else (winner,), ()
+        chosen, points, remarks = () if winner is None else (winner,), (), ()
     return Conclusion(
         sentence=sentence,
         winner=winner,
@@ -217,6 +228,7 @@ def conclude(results: Sequence[Result], plan_summary: Mapping[str, Any]) -> Conc
         notes=tuple(_notes(rows, level, len(compared), known, planned)),
         chosen=chosen,
         points=points,
+        remarks=remarks,
         family=family,
     )
 
@@ -261,6 +273,7 @@ def _row(
         unit=job.budget.get("unit", ""),
         series=job.series or job.label,
         way=job.budget.get("way", ""),
+        relative_decode_seconds=_relative("decode_seconds", costs, reference_costs, baseline_costs),
     )
 
 
@@ -341,10 +354,18 @@ def _mean_costs(costs: list[Costs]) -> Costs:
 
 
 def _on_scale(costs: Costs, baseline: Costs) -> Costs:
-    """Costs with their time scaled as if the dense model had taken as long beside it as in the baseline's run."""
-    if not costs.dense_seconds or not baseline.dense_seconds or costs.wall_seconds is None:
-        return costs
-    return replace(costs, wall_seconds=costs.wall_seconds / costs.dense_seconds * baseline.dense_seconds)
+    """Costs with their times scaled as if the dense model had taken as long beside it as in the baseline's run."""
+    pairs = (
+        ("dense_seconds", "wall_seconds", "scoring_seconds"),
+        ("full_decode_seconds", "decode_seconds", "decode_scoring_seconds"),
+    )
+    scaled: dict[str, Any] = {}
+    for dense, *names in pairs:
+        beside, wanted = getattr(costs, dense), getattr(baseline, dense)
+        if beside and wanted:
+            own = {name: getattr(costs, name) for name in names}
+            scaled |= {name: value / beside * wanted for name, value in own.items() if value is not None}
+    return replace(costs, **scaled)
 
 
 def _relative(name: str, costs: Costs, reference: Costs | None, baseline: Costs) -> float | None:
@@ -354,9 +375,19 @@ def _relative(name: str, costs: Costs, reference: Costs | None, baseline: Costs)
     unit: float | None = getattr(baseline, name)
     if not unit or len(known) < len(values):
         return None
-    if name == "wall_seconds" and not all(part.seconds_comparable for part in (*parts, baseline)):
+    if name.endswith("seconds") and not all(part.seconds_comparable for part in (*parts, baseline)):
         return None
     return sum(known) / unit
+
+
+def _off_budget(row: Row) -> str:
+    """What a method that reads some of what it stores reads, where that is not about its budget; else nothing."""
+    read, before = row.costs.tokens_read, row.costs.tokens_before
+    if read is None or before is None or row.share is None:
+        return ""
+    budget = row.share * before if row.unit == "keep" else row.share
+    about = abs(read - budget) <= OFF * budget
+    return "" if about else f"{row.label} reads {read:.0f} tokens of a budget of {budget:.0f}"
 
 
 def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | None, planned: int) -> list[str]:
@@ -373,7 +404,8 @@ def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | No
         notes.append(f"With one seed only the held-out {known.item}s are resampled: nothing is known of other seeds.")
     two = [row.label for row in rows if row.versus_baseline and row.versus_baseline.seeds == 2]
     if two:
-        notes.append(f"Two seeds ({', '.join(two)}) say little of a third, so their interval is wide.")
+        which = "" if len(two) == sum(row.versus_baseline is not None for row in rows) else f" ({', '.join(two)})"
+        notes.append(f"Two seeds{which} say little of a third, so intervals are wide; three tell far more.")
     strata = known.strata()
     fewest = known.items if strata is None else int(min(np.unique(strata, return_counts=True)[1]))
     if strata is not None and fewest < FEW_ITEMS:
@@ -385,13 +417,26 @@ def _notes(rows: Sequence[Row], level: float, compared: int, known: Quality | No
         notes.append(f"There is one held-out {known.item}: nothing is known of other {known.item}s.")
     elif fewest < FEW_ITEMS:
         notes.append(f"With {fewest} held-out {known.item}s intervals may be too narrow; use {FEW_ITEMS} or more.")
+    evicting = [row for row in rows if row.costs.tokens_read is None]
     beyond = [
         f"{row.label} keeps {row.costs.token_share:.0%}"
-        for row in rows
+        for row in evicting
         if row.share is not None and row.unit == "keep" and (row.costs.token_share or 0.0) > row.share + OVER
     ]
     if beyond:
         notes.append(f"Some methods could not go as low as the budget says on this model: {', '.join(beyond)}.")
+    off = [text for row in rows if (text := _off_budget(row))]
+    if off:
+        notes.append(
+            f"Whole pages, and layers that read all, are not on equal terms with the others: {', '.join(off)}."
+        )
+    same = [row.versus_baseline for row in rows if row.role == "candidate" and row.verdict == "no difference"]
+    if known.measure.unit == "%" and any(interval and interval.low == interval.high for interval in same):
+        unseen = -100 * math.log(1 - level) / fewest
+        notes.append(
+            f"An interval of no width: not one of the {known.items} held-out {known.item}s came out otherwise. Up to "
+            f"{unseen:.1g} percentage points of difference could still have been missed."
+        )
     undecided = [row.versus_baseline for row in rows if row.verdict == "no difference" and row.role == "candidate"]
     widest = max(((interval.high - interval.low) / 2 for interval in undecided if interval), default=0.0)
     if math.isfinite(widest) and widest > 0:

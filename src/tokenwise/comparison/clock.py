@@ -1,14 +1,15 @@
-"""What the decisions of a token reduction take of a model's time."""
+"""What a method's own work takes of a model's time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from tokenwise.reduction.base import TokenReducer
+from tokenwise.method import Method
 
 _ENCODER = ("decide", "reduce")
 _INPUT = ("counts_of", "select")
@@ -24,15 +25,16 @@ def now(device: torch.device) -> float:
 
 
 class Clock:
-    """Stands for a method and adds up the time of its decisions.
+    """Stands for a method, or around what is done for it, and adds up the time.
 
     Attributes:
-        seconds: of all decisions so far.
+        seconds: of all of it so far; what is done within another part of it is counted once.
     """
 
-    def __init__(self, method: TokenReducer, device: torch.device) -> None:
+    def __init__(self, method: Method, device: torch.device) -> None:
         self._method = method
         self._device = device
+        self._running = False
         self.seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
@@ -43,9 +45,24 @@ class Clock:
         """The function, its time added."""
 
         def call(*args: Any) -> Any:
-            start = now(self._device)
-            found = function(*args)
-            self.seconds += now(self._device) - start
-            return found
+            if self._running:
+                return function(*args)
+            self._running, start = True, now(self._device)
+            try:
+                return function(*args)
+            finally:
+                self.seconds += now(self._device) - start
+                self._running = False
 
         return call
+
+    @contextmanager
+    def around(self, owner: object, names: tuple[str, ...]) -> Iterator[None]:
+        """Add the time of an object's own functions, by their names."""
+        for name in names:
+            setattr(owner, name, self.timed(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(owner, name)

@@ -20,8 +20,10 @@ MEASURES = {
     "flops": "FLOPs",
     "cache_bytes": "Key-value cache",
     "wall_seconds": "Wall time",
+    "decode_seconds": "Time of a token",
     "tokens_trained": "Tokens trained on",
 }
+_TIMES = ("wall_seconds", "decode_seconds")
 DEPTHS = 10
 """Parts of a context into which answers are put by their depth."""
 _LOG_FROM = 20.0
@@ -30,6 +32,13 @@ _FAR_WORSE = 4.0
 """The axis of differences ends at this many times the typical end of an interval."""
 _OFF_SCALE = 8.0
 """A method this many times further from the baseline than is typical is marked at the edge, not drawn to scale."""
+
+
+def title_of(conclusion: Conclusion, measure: str) -> str:
+    """What a cost, a key of `MEASURES`, is called."""
+    if measure == "wall_seconds" and conclusion.family == "cache":
+        return "Time of reading"
+    return MEASURES[measure]
 
 
 def pareto_front(points: Sequence[charts.Point]) -> list[charts.Point]:
@@ -87,7 +96,8 @@ def cost_figure(
     bounds = [value for row in rows if row.label not in beyond for value in (row.lowest, row.highest)]
     frame = _Frame(width, height, x_range, charts.padded([value for value in bounds if value is not None], 0.12), log)
     per = wording(conclusion.family, conclusion.item).per.format(item=conclusion.item)
-    parts = frame.axes(f"{MEASURES[measure]}{per}{unit}" + ", reference included" * (not per), str(conclusion.measure))
+    title = title_of(conclusion, measure) + (per if measure != "decode_seconds" else "")
+    parts = frame.axes(f"{title}{unit}" + ", reference included" * (not per), str(conclusion.measure))
 
     front = pareto_front([(total[row.label], loss[row.label]) for row in rows if row.label not in beyond])
     steps: list[charts.Point] = []
@@ -133,7 +143,11 @@ def cost_figure(
         f"{row.label} {plain(loss[row.label], conclusion.decimals)} at {_cost_text(row, measure)}" for row in rows
     )
     return charts.svg(
-        width, height, f"{conclusion.measure.title} against {MEASURES[measure]}. {described}.", parts, _size(wide)
+        width,
+        height,
+        f"{conclusion.measure.title} against {title_of(conclusion, measure)}. {described}.",
+        parts,
+        _size(wide),
     )
 
 
@@ -439,7 +453,7 @@ def _size(wide: bool) -> str:
 def _drawable(row: Row, measure: str) -> bool:
     costs = [row.costs] if row.reference_costs is None else [row.costs, row.reference_costs]
     known = all(getattr(cost, measure) is not None for cost in costs)
-    comparable = measure != "wall_seconds" or all(cost.seconds_comparable for cost in costs)
+    comparable = measure not in _TIMES or all(cost.seconds_comparable for cost in costs)
     return known and comparable and row.quality is not None and math.isfinite(row.quality)
 
 
@@ -449,9 +463,9 @@ def _charged(row: Row, measure: str) -> float:
 
 def _unit(measure: str, largest: float) -> tuple[float, str]:
     """What to divide by so that ticks are short, and how the axis calls it."""
-    if measure == "wall_seconds" and largest < 0.1:
+    if measure in _TIMES and largest < 0.1:
         return 0.001, " (ms)"
-    if measure == "wall_seconds":
+    if measure in _TIMES:
         return next((u for u in ((1.0, " (s)"), (60.0, " (min)")) if largest < 120 * u[0]), (3600.0, " (h)"))
     if measure == "cache_bytes":
         size, name = next(((s, n) for s, n in ((2**30, "GiB"), (2**20, "MiB")) if largest >= 2 * s), (2**10, "KiB"))
@@ -464,7 +478,7 @@ def _unit(measure: str, largest: float) -> tuple[float, str]:
 
 
 def _cost_text(row: Row, measure: str) -> str:
-    show = {"wall_seconds": duration, "cache_bytes": memory}.get(measure, amount)
+    show = {**dict.fromkeys(_TIMES, duration), "cache_bytes": memory}.get(measure, amount)
     unit = {"flops": " FLOPs", "tokens_trained": " tokens"}.get(measure, "")
     text = f"{show(getattr(row.costs, measure))}{unit}"
     if row.reference_costs is not None:

@@ -23,10 +23,10 @@ def amount(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``1.35 ms``, ``8.3 s``, ``48 s``, ``6 min 12 s``, ``2 h 05 min``."""
+    """``1.35 ms``, ``218 ms``, ``8.3 s``, ``48 s``, ``6 min 12 s``, ``2 h 05 min``."""
     if seconds is None:
         return NOT_MEASURED
-    if 0 < seconds < 0.0995:
+    if 0 < seconds < 0.9995:
         return f"{1000 * seconds:#.3g}".rstrip(".") + " ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
@@ -39,12 +39,14 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(size: float | None) -> str:
-    """``27 KiB``, ``812 MiB``, ``1.42 GiB``."""
+    """``27 KiB``, ``3.5 MiB``, ``812 MiB``, ``1.42 GiB``."""
     if size is None:
         return NOT_MEASURED
     if size < 2**20:
         return f"{size / 2**10:.0f} KiB"
-    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+    if size < 2**30:
+        return f"{size / 2**20:.{int(size < 9.95 * 2**20)}f} MiB"
+    return f"{size / 2**30:.2f} GiB"
 
 
 def budget(unit: str, amount: float) -> str:

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from tokenwise.cache.apply import evict
+from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.full import Full
-from tokenwise.comparison.clock import now
+from tokenwise.cache.selecting import SelectingCache
+from tokenwise.comparison.clock import Clock, now
 from tokenwise.comparison.contexts import Contexts
 from tokenwise.comparison.memory import PeakMemory
 from tokenwise.comparison.quality import ContinuationQuality, Quality, RecallQuality
@@ -27,7 +29,7 @@ from tokenwise.models.cache_memory import cache_nbytes
 WARM = 2
 """Rows before anything is timed; memory is measured on them."""
 METERED = 8
-"""Rows on which tokens and bytes are measured, evenly spread."""
+"""Rows on which tokens, bytes and scoring are measured, evenly spread."""
 TIMED = 16
 """Rows that are timed, evenly spread; where there are fewer they are taken again."""
 STEPS = 16
@@ -225,19 +227,24 @@ def _costs(reader: Reader) -> Costs:
     """What is stored after what a method sees of a prompt, beside what the full cache stores; the median time of
     reading it and of writing a token, with both caches one right after the other in alternating order."""
     stored: list[dict[str, float]] = []
+    scoring: list[tuple[float, float]] = []
     for index in reader.spread(METERED):
         first, cache, full = reader.first(index), reader.cache(), reader.cache(full=True)
         reader.forward(first, cache)
         reader.forward(first, full)
         tokens, stats = first.shape[1], getattr(cache, "stats", {})
-        stored.append(
-            {
-                "cache_bytes": cache.nbytes() if hasattr(cache, "nbytes") else cache_nbytes(cache),
-                "full_cache_bytes": cache_nbytes(full),
-                "tokens_before": tokens,
-                "tokens_after": stats.get("tokens_stored", tokens),
-            }
-        )
+        found = {
+            "cache_bytes": cache.nbytes() if hasattr(cache, "nbytes") else cache_nbytes(cache),
+            "full_cache_bytes": cache_nbytes(full),
+            "tokens_before": tokens,
+            "tokens_after": stats.get("tokens_stored", tokens),
+        }
+        if isinstance(cache, SelectingCache):
+            reader.write(cache, first[:, -1:], 1)
+            found["tokens_read"] = cache.stats["tokens_read"]
+        stored.append(found)
+        if isinstance(cache, ListeningCache):
+            scoring.append(_scoring(reader, first))
     times: dict[str, list[float]] = {}
     chosen = reader.spread(TIMED)
     for number in range(-WARM, TIMED):
@@ -252,15 +259,32 @@ def _costs(reader: Reader) -> Costs:
             if number >= 0:
                 times.setdefault(f"{name} read", []).append(read - start)
                 times.setdefault(f"{name} written", []).append(written - read)
+    reading, writing = median(times["evicting read"]), median(times["evicting written"]) / STEPS
     mean = {name: fmean(costs[name] for costs in stored) for name in stored[0]}
     return Costs(
-        wall_seconds=median(times["evicting read"]),
+        wall_seconds=reading,
         dense_seconds=median(times["full read"]),
-        decode_seconds=median(times["evicting written"]) / STEPS,
+        decode_seconds=writing,
         full_decode_seconds=median(times["full written"]) / STEPS,
         token_share=mean["tokens_after"] / mean["tokens_before"],
         tokens_before=mean["tokens_before"],
         tokens_after=mean["tokens_after"],
         cache_bytes=mean["cache_bytes"],
         full_cache_bytes=mean["full_cache_bytes"],
+        tokens_read=mean.get("tokens_read"),
+        scoring_seconds=reading * median(share for share, _ in scoring) if scoring else None,
+        decode_scoring_seconds=writing * median(share for _, share in scoring) if scoring else None,
     )
+
+
+def _scoring(reader: Reader, first: Tensor) -> tuple[float, float]:
+    """The shares that the method's own work has in the time of reading a prompt and of writing tokens."""
+    device = reader.model.device
+    clock = Clock(reader.method, device)
+    with reader.cache() as cache, clock.around(cache, cache.works_in):
+        start = now(device)
+        reader.forward(first, cache)
+        read, own = now(device), clock.seconds
+        reader.write(cache, first[:, -1:], STEPS)
+        written = now(device)
+    return own / (read - start), (clock.seconds - own) / (written - read)

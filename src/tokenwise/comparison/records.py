@@ -94,6 +94,8 @@ class Costs:
         full_cache_bytes: what they would take if all were stored.
         decode_seconds: time of writing one token after a prompt.
         full_decode_seconds: the same with the full cache.
+        decode_scoring_seconds: of `decode_seconds`, what the method's own work takes.
+        tokens_read: of those stored what writing a token reads, where a method reads only some; a mean over layers.
     """
 
     flops: float | None = None
@@ -113,6 +115,8 @@ class Costs:
     full_cache_bytes: float | None = None
     decode_seconds: float | None = None
     full_decode_seconds: float | None = None
+    decode_scoring_seconds: float | None = None
+    tokens_read: float | None = None
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 from tokenwise.comparison.formatting import budget, listing, plain, ratio, signed
@@ -16,11 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is said of one budget, in one way of running: the methods to use, their series, and the words."""
+    """What is said of one budget, in one way of running.
+
+    Args:
+        share: the budget.
+        unit: what it is of.
+        way: the way, where there are several.
+        stored: whether all stays stored and less of it is read, where there are methods of both kinds.
+        rows: of the methods, without controls.
+        labels: of the methods to use.
+        series: their names.
+        text: why, in words.
+    """
 
     share: float
     unit: str
     way: str
+    stored: bool
+    rows: tuple[Row, ...]
     labels: tuple[str, ...]
     series: tuple[str, ...]
     text: str
@@ -32,8 +46,25 @@ class _Part:
     @property
     def name(self) -> str:
         """The budget and the way, at the start of a line."""
-        text = self.budget + (f", question {self.way}" if self.way else "")
+        text = self.budget + (f", question {self.way}" if self.way else "") + (", all stored" if self.stored else "")
         return text[:1].upper() + text[1:]
+
+    @property
+    def where(self) -> str:
+        """The way, behind a budget."""
+        return f" with the question {self.way}" * bool(self.way) + " and all stored" * self.stored
+
+    @property
+    def best(self) -> Row | None:
+        """The best of the methods to use where all of them are shown to be worse than the baseline; else None."""
+        rows = [row for row in self.rows if row.label in self.labels]
+        return min(rows, key=lambda row: row.quality or 0.0) if _all_worse(rows) else None
+
+    @property
+    def enough(self) -> Row | None:
+        """The best method that is not shown to be worse than the baseline."""
+        rows = [row for row in self.rows if row.verdict in ("better", "no difference")]
+        return min(rows, key=lambda row: row.quality or 0.0, default=None)
 
 
 def answer_by_budget(
@@ -42,12 +73,14 @@ def answer_by_budget(
     between: Callable[[Row, Row], Interval | None],
     decimals: int,
     unit: str,
-) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Say which method to use at each budget.
 
     A method is named only when it is shown to be better than its random control, and no other control of the budget,
     which drops elsewhere, is shown to be better than it. Among several with no difference
-    shown to the best, the cheapest is named where costs tell them apart, else all.
+    shown to the best, the cheapest is named where costs tell them apart, else all. Methods that store everything and
+    read less of it are no rivals of those that store less: they are named apart. Where what is named is shown to be
+    worse than the baseline, a remark says how much of its quality is left.
 
     Args:
         rows: one per method and budget, and the baseline.
@@ -57,7 +90,8 @@ def answer_by_budget(
         unit: what budgets are of: ``keep``, ``flops``, ``tokens`` or ``bytes``.
 
     Returns:
-        The sentence, one for each budget with the numbers behind it, and the labels they name.
+        The sentence, the remarks that belong to it, a sentence for each budget with the numbers behind it, and the
+        labels they name.
     """
     base = next((row for row in rows if row.label == baseline), None)
     reasons = [failure.reason.rstrip(".") for row in rows for failure in row.failures]
@@ -67,26 +101,99 @@ def answer_by_budget(
             f"No answer: no run of the baseline {baseline} finished{because}, so nothing can be compared with it.",
             (),
             (),
+            (),
         )
     run = [row for row in rows if row.share is not None and row.label != baseline]
     shares = sorted({row.share for row in run if row.share is not None}, reverse=True)
     ways = list(dict.fromkeys(row.way for row in run))
+    reading = [row for row in run if row.costs.tokens_read is not None]
+    kinds = [False, True] if 0 < len(reading) < sum(row.role == "candidate" for row in run) else [False]
     parts = []
     for way in ways:
-        for share in shares:
+        for share, stored in product(shares, kinds):
             here = [row for row in run if (row.share, row.way) == (share, way)]
+            if len(kinds) > 1:
+                here = [row for row in here if row.role == "control" or (row in reading) == stored]
             # The way is said once for all of them.
             here = [replace(row, series=row.series.removesuffix(f" {way}")) for row in here]
-            parts.append(_Part(share, unit, way if len(ways) > 1 else "", *_at(here, base, between, decimals)))
+            candidates = tuple(row for row in here if row.role == "candidate")
+            found = _at(here, base, between, decimals)
+            parts.append(_Part(share, unit, way if len(ways) > 1 else "", stored, candidates, *found))
     if not parts:
-        return f"Nothing to choose from: {baseline} is the only method.", (), ()
+        return f"Nothing to choose from: {baseline} is the only method.", (), (), ()
     points = tuple(f"{part.name}: {part.text}." for part in parts)
     named = tuple(label for part in parts for label in part.labels)
-    if len(ways) == 1:
-        text = _said(parts)
-        return f"{text[:1].upper()}{text[1:]}.", points, named
-    texts = [f"ith the question {way}, {_said([part for part in parts if part.way == way])}" for way in ways]
-    return f"W{'; w'.join(texts)}.", points, named
+    remarks = [f"To store all and read less of it: {_by_way([part for part in parts if part.stored])}."] * len(
+        kinds[1:]
+    )
+    remarks += _worse_than(parts, base, decimals)
+    if len(shares) > 1:
+        remarks.append(_smallest(parts, base, decimals))
+    text = _by_way([part for part in parts if not part.stored])
+    return f"{text[:1].upper()}{text[1:]}.", tuple(remarks), points, named
+
+
+def _by_way(parts: Sequence[_Part]) -> str:
+    """What to use with each way."""
+    texts = []
+    for way in dict.fromkeys(part.way for part in parts):
+        text = _said([part for part in parts if part.way == way])
+        texts.append(f"with the question {way}, {text}" if way else text)
+    return "; ".join(texts)
+
+
+def _worse_than(parts: Sequence[_Part], base: Row, decimals: int) -> list[str]:
+    """Where even the best methods are shown to be worse than the baseline: what is left of its quality."""
+    texts = [
+        f"at {part.budget}{part.where} {part.best.series} {_left(part.best, base, decimals)}"
+        for part in parts
+        if part.best is not None
+    ]
+    return [f"Even so worse than {base.label}: {'; '.join(texts)}."] if texts else []
+
+
+def _left(row: Row, base: Row, decimals: int) -> str:
+    """What a method leaves of the baseline's quality, with the interval."""
+    interval = row.versus_baseline
+    assert interval is not None
+    if _right(base) is None:
+        points = [signed(value, decimals) for value in (interval.mean, interval.low, interval.high)]
+        return f"has {points[0]} {row.measure.points} in {row.measure.name} ({points[1]} to {points[2]})"
+    kept = [_kept(value, base) for value in (interval.mean, interval.high, interval.low)]
+    return f"keeps {kept[0]} of its right answers ({kept[1]} to {kept[2]})"
+
+
+def _right(base: Row) -> float | None:
+    """The share of what the baseline gets right, in %; None where quality is no such share, or it gets none."""
+    if base.measure.unit != "%" or base.quality is None or not base.quality < 100:
+        return None
+    return 100 - base.quality
+
+
+def _kept(points: float, base: Row) -> str:
+    """The share of the baseline's right answers that is kept when so many percentage points more are wrong."""
+    right = _right(base)
+    assert right is not None
+    return f"{plain(100 * min(max(1 - points / right, 0.0), 100 / right), 0)}%"
+
+
+def _smallest(parts: Sequence[_Part], base: Row, decimals: int) -> str:
+    """With each way and kind the smallest budget at which a method is not shown to be worse than the baseline."""
+    texts = []
+    for where in dict.fromkeys(part.where for part in parts):
+        enough = [part for part in parts if part.where == where and part.enough is not None]
+        if not enough:
+            texts.append(f"none{where}")
+            continue
+        part = min(enough, key=lambda part: part.share)
+        assert part.enough is not None
+        assert part.enough.versus_baseline is not None
+        high = part.enough.versus_baseline.high
+        unit = _unit(part.enough)
+        # An interval that is a point bounds nothing.
+        bound = f", {plain(high, decimals)} {unit} worse at most" if part.enough.versus_baseline.low < high else ""
+        texts.append(f"{part.budget}{where} ({part.enough.series}{bound})")
+    return f"Smallest budget at which a method is not shown to be worse than {base.label}: {'; '.join(texts)}."
 
 
 def _said(parts: Sequence[_Part]) -> str:
@@ -154,6 +261,14 @@ def _at(
     return tuple(row.label for row in chosen), tuple(row.series for row in chosen), text
 
 
+def _all_worse(rows: Sequence[Row]) -> bool:
+    return bool(rows) and all(row.verdict == "worse" for row in rows)
+
+
+def _unit(row: Row) -> str:
+    return "points" if row.measure.points == "percentage points" else row.measure.points
+
+
 def _worse(interval: Interval | None) -> bool:
     return interval is not None and interval.above_zero
 
@@ -163,8 +278,8 @@ def _price(row: Row, base: Row, decimals: int) -> str:
     parts = []
     if row.versus_baseline is not None:
         shown = "" if row.verdict in ("better", "worse") else ", no difference shown"
-        unit = "points" if row.measure.points == "percentage points" else row.measure.points
-        parts.append(f"{row.measure.name} {signed(row.versus_baseline.mean, decimals)} {unit} to {base.label}{shown}")
+        mean = signed(row.versus_baseline.mean, decimals)
+        parts.append(f"{row.measure.name} {mean} {_unit(row)} to {base.label}{shown}")
     else:
         parts.append(f"{row.measure.name} {plain(row.quality or 0.0, decimals)}")
     if row.costs.cache_bytes is not None and row.costs.full_cache_bytes:
@@ -172,5 +287,8 @@ def _price(row: Row, base: Row, decimals: int) -> str:
     if row.relative_flops is not None:
         parts.append(f"{ratio(row.relative_flops)} the FLOPs")
     if row.relative_seconds is not None:
-        parts.append(f"{ratio(row.relative_seconds)} the time")
+        reading = " of reading" if row.relative_decode_seconds is not None else ""
+        parts.append(f"{ratio(row.relative_seconds)} the time{reading}")
+    if row.relative_decode_seconds is not None:
+        parts.append(f"{ratio(row.relative_decode_seconds)} the time of a token")
     return ", ".join(parts)

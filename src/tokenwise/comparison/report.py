@@ -84,7 +84,7 @@ def write_report(
         difference=lambda value: signed(value.mean, conclusion.decimals),
         interval=lambda value: _interval(value, conclusion.decimals),
         costs=_costs,
-        settings=_settings,
+        settings=lambda row: _settings(row, conclusion),
         level=LEVEL,
         resamples=RESAMPLES,
         unmeasured=_unmeasured(conclusion),
@@ -120,7 +120,8 @@ def _drawings(drawings: Sequence[str | None]) -> Markup | None:
 
 def _cost_figures(conclusion: Conclusion, styles: Mapping[str, charts.Style]) -> list[dict[str, Any]]:
     found = []
-    for measure, title in figures.MEASURES.items():
+    for measure in figures.MEASURES:
+        title = figures.title_of(conclusion, measure)
         for way in conclusion.ways or ("",):
             drawings = _drawings(
                 [figures.cost_figure(conclusion, styles, measure, wide, way) for wide in (True, False)]
@@ -164,19 +165,27 @@ def _costs(row: Row, column: Column) -> Markup:
         text += Markup(" <small>+ {}</small>").format(column.show(getattr(row.reference_costs, column.name)))
     if column.relative and row.finished:
         text += Markup(" <small>{}</small>").format(multiple(getattr(row, column.relative)))
-    below = getattr(row.costs, column.below[0]) if column.below is not None else None
-    if column.below is not None and below is not None:
-        text += Markup(" <small>{}</small>").format(column.below[1](below))
+    for name, show in column.below:
+        if getattr(row.costs, name) is not None:
+            text += Markup(" <small>{}</small>").format(show(getattr(row.costs, name)))
     if column.name == "wall_seconds" and not row.costs.seconds_comparable:
         text += Markup(" <small>not comparable</small>")
     return text
 
 
-def _settings(row: Row) -> str:
-    # A budget of the plan is in the label, and a field left empty says nothing.
-    left_out = ("keep", "seed") if row.share is not None else ()
-    shown = {name: value for name, value in row.settings.items() if name not in left_out}
-    return ", ".join(f"{name} {value}" for name, value in shown.items() if row.share is None or value is not None)
+def _settings(row: Row, conclusion: Conclusion) -> str:
+    if conclusion.trains:
+        return ", ".join(f"{name} {value}" for name, value in row.settings.items())
+    # A budget of the plan is in the label, a field left empty says nothing, and what stands for everything that is left
+    # out has the family's defaults.
+    base = [other for other in conclusion.rows if other.label == conclusion.baseline]
+    usual = base[0].settings if base and base[0].costs.token_share == 1 and base[0].costs.tokens_read is None else {}
+    shown = {
+        name: value
+        for name, value in row.settings.items()
+        if name not in ("keep", "seed") and value is not None and (name not in usual or usual[name] != value)
+    }
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _examples(conclusion: Conclusion, results: Sequence[Result]) -> dict[str, Any] | None:

@@ -27,6 +27,8 @@ def print_conclusion(conclusion: Conclusion, console: Console) -> None:
         console.print(Text(note, style="dim"))
     console.print()
     console.print(Text(conclusion.sentence, style="bold"))
+    for remark in conclusion.remarks:
+        console.print(Text(remark))
     for point in conclusion.points:
         console.print(Text(f"- {point}"))
 
@@ -42,15 +44,22 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
     counted = conclusion.trains or any(row.costs.flops is not None for row in conclusion.rows)
     if counted:
         table.add_column(f"FLOPs{per}", justify="right", no_wrap=True)
-    table.add_column(f"time{per}", justify="right", no_wrap=True)
     cached = any(row.costs.cache_bytes is not None for row in conclusion.rows)
+    written = any(row.costs.decode_seconds is not None for row in conclusion.rows)
+    scoring = "\n(scoring)" if wide else ""
+    table.add_column(f"reading{scoring}" if written else f"time{per}", justify="right", no_wrap=True)
     if wide:
         second = "tokens\ncache" if cached else "tokens\nat end" if reduction else "memory"
         table.add_column(second, justify="right", no_wrap=True)
-        table.add_column("scoring" if reduction else "runs", justify="right", no_wrap=True)
+        last_heading = f"a token{scoring}" if written else "scoring" if reduction else "runs"
+        table.add_column(last_heading, justify="right", no_wrap=True)
     for row in conclusion.rows:
         last: tuple[str, ...] = (_memory(row), f"{len(row.finished)}/{row.planned}")
-        if cached:
+        time = _seconds(row)
+        if written:
+            last = (f"{_tokens(row)}\n{_cache(row)}", _writing(row))
+            time += _within(row.costs.scoring_seconds) if wide else ""
+        elif cached:
             last = (f"{_tokens(row)}\n{_cache(row)}", _scoring(row))
         elif reduction:
             last = (_tokens(row), _scoring(row))
@@ -59,7 +68,7 @@ def _table(conclusion: Conclusion, wide: bool) -> Table:
             _quality(row, conclusion, spread=wide),
             _differences(row, conclusion.decimals),
             *((_flops(row),) if counted else ()),
-            _seconds(row),
+            time,
             *(last if wide else ()),
         )
     return table
@@ -115,6 +124,19 @@ def _seconds(row: Row) -> str:
         return own
     reference = row.reference_costs.wall_seconds
     return f"{own}\n+ ref {'–' if reference is None else duration(reference)}"
+
+
+def _writing(row: Row) -> str:
+    if row.costs.decode_seconds is None:
+        return "–"
+    if row.relative_decode_seconds is None:
+        return "not comparable"
+    own = f"{duration(row.costs.decode_seconds)}\n= {ratio(row.relative_decode_seconds)}"
+    return own + _within(row.costs.decode_scoring_seconds)
+
+
+def _within(scoring: float | None) -> str:
+    return "" if scoring is None else f"\n({duration(scoring) if scoring else 'none'})"
 
 
 def _memory(row: Row) -> str:

@@ -18,6 +18,16 @@ def _percent(value: float) -> str:
     return f"{plain(100 * value, 1)}%"
 
 
+_KEPT = ("token_share", lambda value: f"{_percent(value)} kept")
+
+
+def _scoring(value: float) -> str:
+    return f"{duration(value)} scoring" if value else "no scoring"
+
+
+_SCORING = ("scoring_seconds", _scoring)
+
+
 @dataclass(frozen=True)
 class Column:
     """A cost in the table.
@@ -28,7 +38,7 @@ class Column:
         show: its value in words.
         adds: whether the cost of a reference adds to it.
         relative: the row's field that gives it as a multiple of the baseline's; empty where there is none.
-        below: what stands below it: a field of `Costs`, and its value in words.
+        below: what stands below it: fields of `Costs`, and their values in words.
     """
 
     name: str
@@ -36,7 +46,7 @@ class Column:
     show: Callable[[Any], str]
     adds: bool = True
     relative: str = ""
-    below: tuple[str, Callable[[Any], str]] | None = None
+    below: tuple[tuple[str, Callable[[Any], str]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,16 +115,16 @@ REDUCTION = Wording(
             "FLOPs",
             amount,
             relative="relative_flops",
-            below=("block_flops", lambda value: f"{amount(value)} in blocks"),
+            below=(("block_flops", lambda value: f"{amount(value)} in blocks"),),
         ),
         Column(
             "wall_seconds",
             "Time",
             duration,
             relative="relative_seconds",
-            below=("scoring_seconds", lambda value: f"{duration(value)} scoring"),
+            below=(_SCORING,),
         ),
-        Column("tokens_after", "Tokens left", _tokens, below=("token_share", lambda value: f"{_percent(value)} kept")),
+        Column("tokens_after", "Tokens left", _tokens, below=(_KEPT,)),
         _MEMORY,
     ),
     equal="Every method runs the same trained model on the same {item}s, nothing is trained. At one budget each "
@@ -124,7 +134,8 @@ REDUCTION = Wording(
     named="At its budget, its interval against its random control lies below zero. Where several are, and no "
     "difference "
     "is shown between them, the cheaper one is named, or all of them. What a budget costs in quality is for the "
-    "reader to weigh.",
+    "reader to weigh: right answers that are kept are a share of those that {baseline} gets right, and their interval "
+    "is that of the difference.",
     terms=(
         (
             "FLOPs",
@@ -166,7 +177,7 @@ ASKING = replace(
             "tokens_after",
             "Image tokens left",
             _tokens,
-            below=("token_share", lambda value: f"{_percent(value)} kept"),
+            below=(_KEPT,),
         ),
         Column("cache_bytes", "Key-value cache", memory, adds=False),
         _MEMORY,
@@ -202,22 +213,28 @@ ASKING = replace(
 REMEMBERING = replace(
     REDUCTION,
     columns=(
-        Column("cache_bytes", "Key-value cache", memory, below=("full_cache_bytes", lambda size: f"of {memory(size)}")),
         Column(
-            "tokens_after", "Tokens stored", _tokens, below=("token_share", lambda value: f"{_percent(value)} kept")
+            "cache_bytes", "Key-value cache", memory, below=(("full_cache_bytes", lambda size: f"of {memory(size)}"),)
+        ),
+        Column(
+            "tokens_after",
+            "Tokens stored",
+            _tokens,
+            below=(_KEPT, ("tokens_read", lambda value: f"{_tokens(value)} read")),
         ),
         Column(
             "wall_seconds",
             "Time of reading",
             duration,
             relative="relative_seconds",
-            below=("dense_seconds", lambda seconds: f"full cache {duration(seconds)}"),
+            below=(_SCORING,),
         ),
         Column(
             "decode_seconds",
             "Time of a token",
             duration,
-            below=("full_decode_seconds", lambda seconds: f"full cache {duration(seconds)}"),
+            relative="relative_decode_seconds",
+            below=(("decode_scoring_seconds", _scoring),),
         ),
         _MEMORY,
     ),
@@ -232,14 +249,16 @@ REMEMBERING = replace(
         (
             "Key-value cache, tokens",
             "What the stored keys and values take once a method has evicted from what it has read, and what they "
-            "would take if all were stored. Stored: tokens, as a mean over layers and heads.",
+            "would take if all were stored. Stored: tokens, as a mean over layers and heads. Read: where a method "
+            "stores them all, those that writing a token reads.",
         ),
         (
             "Time",
             "Of reading what the method sees of a row before it evicts, scoring and evicting included, and of writing "
             "one token after it: medians over rows. Every row goes through the method and the full cache one right "
-            "after the other, in alternating order, after warming up; times of reading are scaled so that the full "
-            "cache takes as long in every run as in {baseline}'s.",
+            "after the other, in alternating order, after warming up; times are scaled so that the full cache takes as "
+            "long in every run as in {baseline}'s. Scoring: the part that the method's own work takes (looking at the "
+            "attention, scoring, choosing, moving what stays), by its share in a pass of its own.",
         ),
         (
             "Memory",

@@ -23,7 +23,15 @@ from transformers import AttentionInterface
 
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.patch import replace_attribute
-from tokenwise.signals.attention import attention_columns, attention_rank, attention_rows
+from tokenwise.signals.attention import (
+    Divisors,
+    Shown,
+    attention_columns,
+    attention_rank,
+    attention_rows,
+    attention_scores,
+    received_of,
+)
 from tokenwise.signals.attention_diversity import attention_map
 
 # What some models add to the softmax and the reading does not know: sinks, relative positions.
@@ -48,10 +56,10 @@ class AttentionCall:
         key_bias: set by listeners: added to the scores of each key, [batch, 1, 1, keys].
         answer: set by a listener: what the attention gives, [batch, queries, heads, value_dim]; nothing else is
             computed then.
-
         padding: which keys are padding and which not, [batch, keys], where the implementation is given that instead of
             a mask.
         after: what a listener wants called once the attention has been computed.
+        scores, weights: set by `compute`: before and after the softmax.
 
     A listener may also replace `query`, `key`, `value` and `mask`: the attention is computed with what stands here in
     the end.
@@ -70,6 +78,8 @@ class AttentionCall:
     answer: Tensor | None = None
     padding: Tensor | None = None
     after: list[Callable[[], None]] = field(default_factory=list)
+    scores: Tensor | None = None
+    weights: Tensor | None = None
 
     def add_key_bias(self, bias: Tensor) -> None:
         """Add `bias` to the scores of each key, [batch, keys]; -inf hides a key."""
@@ -88,39 +98,33 @@ class AttentionCall:
         return attention_rows(self.query, self.key, positions, self._bias, self.scaling, self.softcap)
 
     def columns(
-        self,
-        valid: Tensor | None = None,
-        temperature: float = 1.0,
-        noise: Callable[[Tensor, int], Tensor] | None = None,
+        self, valid: Tensor | None = None, temperature: float = 1.0, divisors: Divisors | None = None
     ) -> Tensor:
         """The attention each key receives, as a mean over the queries.
 
         Args:
             valid: queries to take the mean over, [batch, queries], bool; all unless given.
-            temperature: what the scores, and the noise, are divided by.
-            noise: what is added to the scores of the queries at some positions, [1, rows], over the first so many keys:
-                4 dimensions that broadcast to [batch, heads, rows, keys]. It is asked for a block of queries at a time.
+            temperature: what the scores are divided by.
+            divisors: what the exponentials of the scores, as they are at temperature 1, are divided by; asked for a
+                block at a time.
 
         Returns:
             [batch, heads, keys], fp32, summing to 1 over the keys.
         """
-
-        def noisy(positions: Tensor) -> Tensor | None:
-            bias = self._bias(positions)
-            end = self._last_seen(bias) if self.mask is not None else self.key.shape[2]
-            if self.mask is None and self.causal:
-                end = min(int(positions[0, -1]) + 1, end)
-            # One key alone would be taken for all.
-            end = max(end, min(2, self.key.shape[2]))
-            bias = None if bias is None else bias[..., :end]
-            if noise is None:
-                return bias
-            added = noise(positions, end)
-            added = added if temperature == 1 else added / temperature
-            return added if bias is None else bias + added
-
+        if self.scores is not None:
+            return received_of(self.scores, valid, temperature, divisors)
         softcap = None if self.softcap is None else self.softcap / temperature
-        return attention_columns(self.query, self.key, noisy, self.scaling / temperature, softcap, valid)
+        return attention_columns(
+            self.query, self.key, self._shown, self.scaling / temperature, softcap, valid, divisors, 1 / temperature
+        )
+
+    def compute(self) -> None:
+        """Answer a call of one query here: its scores are computed once, for the model and for who reads it."""
+        bias = self._bias(torch.zeros(1, 1, dtype=torch.long, device=self.query.device))
+        self.scores = attention_scores(self.query, self.key, bias, self.scaling, self.softcap)
+        self.weights = self.scores.softmax(3).to(self.value.dtype)
+        grouped = self.weights.unflatten(1, (self.value.shape[1], -1)).squeeze(3)
+        self.answer = (grouped @ self.value).flatten(1, 2).unsqueeze(1)
 
     def whole_map(self) -> Tensor:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
@@ -161,12 +165,24 @@ class AttentionCall:
             bias = seen if bias is None else seen + bias
         return bias
 
-    def _last_seen(self, bias: Tensor | None) -> int:
-        """The number of keys up to the last that some query sees under a bias; all where none sees any."""
+    def _shown(self, positions: Tensor) -> Shown:
+        """What the queries at `positions`, which follow each other, see."""
+        keys = self.key.shape[2]
+        if self.mask is None and self.causal and self.window is None and self.key_bias is None:
+            # All see the keys before the first of them.
+            start, end = int(positions[0]), min(int(positions[-1]) + 1, keys)
+            ahead = torch.full((len(positions), end - start), float("-inf"), device=positions.device).triu_(1)
+            return Shown(end, ahead[None, None], start)
+        bias = self._bias(positions.unsqueeze(0))
         if bias is None or bias.shape[3] == 1:
-            return self.key.shape[2]
-        seen = (bias > torch.finfo(bias.dtype).min / 2).flatten(0, 2).any(0)
-        return bias.shape[3] - int(seen.flip(0).long().argmax())
+            return Shown(keys, bias)
+        end = keys
+        if self.mask is not None:
+            seen = (bias > torch.finfo(bias.dtype).min / 2).flatten(0, 2).any(0)
+            end -= int(seen.flip(0).long().argmax())
+        elif self.causal:
+            end = min(int(positions[-1]) + 1, keys)
+        return Shown(end, bias[..., :end])
 
     def biased_mask(self) -> Tensor | None:
         """The mask with the key bias added: what the attention function is to be called with."""
@@ -329,7 +345,7 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             if part is not call and part.key_bias is not None:
                 call.key_bias = part.key_bias
         if call.answer is not None:
-            return _done(call, (call.answer, None))
+            return _done(call, (call.answer, call.weights))
         if call.key_bias is not None or call.mask is not prepared:
             if borders is not None or (attention_mask is not None and prepared is None):
                 raise InputError(

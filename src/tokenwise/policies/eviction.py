@@ -94,6 +94,28 @@ def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> lis
     return [part.view(score.shape).to(score.device) for part, score in parts]
 
 
+def best_of_shared(scores: Tensor, counts: Tensor, floor: float) -> Tensor:
+    """The tokens that stay where the heads of a layer share a budget, as Ada-KV has it.
+
+    How many a head keeps lies between an even share and how many of the best tokens of all heads are its own.
+
+    Args:
+        scores: [batch, heads, stored]; -inf is no token and never stays.
+        counts: how many each head of a row would keep of an even share, [batch], at least 1.
+        floor: weight of the even share.
+
+    Returns:
+        Which stay, of the shape of `scores`, bool; of each row ``heads * counts`` where it has as many.
+    """
+    heads, there = scores.shape[1], scores > float("-inf")
+    best = best_of_all([scores], counts * heads, torch.ones_like(counts))[0].sum(2)
+    weights = (1 - floor) * best.double() + floor * counts.unsqueeze(1)
+    rows = zip((counts * heads).tolist(), weights.tolist(), there.sum(2).tolist(), strict=True)
+    shares = torch.tensor([apportion(*row) for row in rows], device=scores.device)
+    rank = scores.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    return (rank < shares.unsqueeze(2)) & there
+
+
 def pyramid_counts(count: int, available: int, layers: int, window: int, beta: float) -> list[int]:
     """Tokens of each layer that fall from the first to the last by equal steps, as PyramidKV has it.
 

@@ -6,13 +6,17 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
+from tokenwise.signals.products import multiply
+
 _BLOCK_BYTES = 32 * 2**20
 _CACHED_BYTES = 2 * 2**20
+_DIVIDED = 2**17
 _GRADIENT = ContextVar("gradient", default=False)
 _Given = ParamSpec("_Given")
 
@@ -110,22 +114,47 @@ def attention_rows(
         return _softmax_of(queries, key.to(dtype).contiguous(), bias(positions), softcap)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a block of queries sees.
+
+    Args:
+        end: keys from here on are hidden from all of them, and not read.
+        bias: what is added to the scores of the keys from `first` up to `end`, as for `attention_rows`; None for
+            nothing.
+        first: the keys before it are seen as they are.
+    """
+
+    end: int
+    bias: Tensor | None = None
+    first: int = 0
+
+
+Divisors = Callable[[Tensor, slice, slice, int], Tensor]
+"""Gives what the exponentials of the scores are divided by, positive numbers: for the queries at some positions,
+[rows], of some sequences and heads, over the first so many keys; 4 dimensions that broadcast to
+[sequences, heads, rows, keys]."""
+
+
 @_detached_unless_asked
 def attention_columns(
     query: Tensor,
     key: Tensor,
-    bias: Bias,
+    shown: Callable[[Tensor], Shown],
     scaling: float,
     softcap: float | None = None,
     valid: Tensor | None = None,
+    divisors: Divisors | None = None,
+    power: float = 1.0,
 ) -> Tensor:
     """The attention that each key receives, as a mean over the queries; made block by block, never a whole map.
 
     Args:
         query, key, scaling, softcap: as for `attention_rows`.
-        bias: as for `attention_rows`; it may be given for the first keys alone, where those behind are hidden from all
-            queries at the positions, which are then not read.
+        shown: what queries that follow each other see, by their positions, [rows], int64.
         valid: queries to take the mean over, [batch, queries], bool; all unless given.
+        divisors: what the exponentials of the scores are divided by before each row is made to sum to 1.
+        power: what they are raised to.
 
     Returns:
         [batch, heads, keys], summing to 1 over the keys, fp32 (fp64 for fp64 inputs).
@@ -141,24 +170,73 @@ def attention_columns(
     sequences = max(maps // heads, 1) if groups == key.shape[1] else 1
     with torch.autocast(query.device.type, enabled=False):
         query, key = (query.to(dtype) * scaling).contiguous(), _multiplied(key.to(dtype))
-        counted = None if valid is None else valid.to(dtype)
+        counted = torch.ones_like(query[:, 0, :, 0]) if valid is None else valid.to(dtype)
         for start in range(0, queries, rows):
             some = slice(start, min(start + rows, queries))
-            added = bias(torch.arange(some.start, some.stop, device=query.device).unsqueeze(0))
-            end = keys if added is None or added.shape[3] == 1 else added.shape[3]
+            positions = torch.arange(some.start, some.stop, device=query.device)
+            seen = shown(positions)
             for first in range(0, batch, sequences):
                 batches = slice(first, first + sequences)
                 for group in range(0, key.shape[1], groups):
                     inner = slice(group, group + groups)
                     outer = slice(group * shared, (group + groups) * shared)
-                    here = None if added is None else _part(added, batches, outer)
-                    found = _softmax_of(query[batches, outer, some], key[batches, inner, :end], here, softcap)
-                    if counted is None:
-                        total[batches, outer, :end] += found.sum(2)
-                    else:
-                        total[batches, outer, :end] += (counted[batches, None, None, some] @ found).squeeze(2)
+                    bias = None if seen.bias is None else _part(seen.bias, batches, outer)
+                    near = key[batches, inner, : seen.end]
+                    found = _softmax_of(query[batches, outer, some], near, bias, softcap, seen.first)
+                    weight = counted[batches, None, some].expand(found.shape[:3])
+                    if divisors is not None:
+                        _divide(found, divisors, power, positions, batches, outer)
+                        weight = weight / found.sum(3)
+                    total[batches, outer, : seen.end] += (weight.unsqueeze(2) @ found).squeeze(2)
     count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
     return total / count
+
+
+@torch.no_grad()
+def attention_scores(
+    query: Tensor, key: Tensor, bias: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """What the softmax of attention is taken of, for few queries.
+
+    Args:
+        query, key, scaling, softcap: as for `attention_rows`.
+        bias: what is added to the scores of all queries.
+
+    Returns:
+        [batch, heads, queries, keys], fp32 (fp64 for fp64 inputs).
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        return _scores_of((query.to(dtype) * scaling).contiguous(), _multiplied(key.to(dtype)), bias, softcap, 0)
+
+
+@torch.no_grad()
+def received_of(
+    scores: Tensor, valid: Tensor | None = None, temperature: float = 1.0, divisors: Divisors | None = None
+) -> Tensor:
+    """`attention_columns` of one query, from its scores.
+
+    Args:
+        scores: [batch, heads, 1, keys].
+        valid: rows whose query counts, [batch, 1], bool; all unless given.
+        temperature: what the scores are divided by.
+        divisors: as for `attention_columns`.
+    """
+    if divisors is not None:
+        only = torch.zeros(1, dtype=torch.long, device=scores.device)
+        noise = divisors(only, slice(0, scores.shape[0]), slice(0, scores.shape[1]), scores.shape[3])
+        scores = scores - noise.log_()
+    found = torch.softmax(scores if temperature == 1 else scores / temperature, -1)[:, :, 0]
+    return found if valid is None else found * valid.unsqueeze(1)
+
+
+def _divide(found: Tensor, divisors: Divisors, power: float, positions: Tensor, sequences: slice, heads: slice) -> None:
+    """Divide a block in place, so many numbers at a time that those divided by stay in the cache."""
+    size = max(_DIVIDED * found.shape[2] // max(found.numel(), 1), 1) if found.device.type == "cpu" else len(positions)
+    for first in range(0, len(positions), size):
+        part = slice(first, first + size)
+        by = divisors(positions[part], sequences, heads, found.shape[3])
+        found[:, :, part] /= by if power == 1 else by.pow_(power)
 
 
 @_detached_unless_asked
@@ -216,15 +294,25 @@ def _multiplied(key: Tensor) -> Tensor:
     return key if apart else key.contiguous()
 
 
-def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """Softmax over the keys of scaled queries; of the type of the queries."""
+def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None, first: int = 0) -> Tensor:
+    """Softmax over the keys of scaled queries, the bias added to the keys from the first on; of the queries' type."""
+    scores = _scores_of(query, key, bias, softcap, first)
+    # In place, where it may be: new memory of this size takes longer than the work.
+    return torch.softmax(scores, dim=-1) if torch.is_grad_enabled() else torch.softmax(scores, dim=-1, out=scores)
+
+
+def _scores_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None, first: int) -> Tensor:
     # Heads that share keys lie side by side: [batch, key heads, heads per key head * rows, head_dim]. Keys are laid out
     # as they are multiplied: transposing them while they are copied takes ten times as long.
     rows = query.shape[2]
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = (grouped @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
+    if grouped.shape[:2] == (1, 1) and not torch.is_grad_enabled():
+        product = multiply(grouped[0, 0], key[0, 0], query.dtype)[None, None]
+    else:
+        product = grouped @ key.transpose(2, 3)
+    scores: Tensor = product.unflatten(2, (-1, rows)).flatten(1, 2)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_() * softcap
     if bias is not None:
-        scores += bias
-    return torch.softmax(scores, dim=-1)
+        scores[..., first:] += bias
+    return scores
