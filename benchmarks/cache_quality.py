@@ -16,8 +16,8 @@ right answers in percent, the mean of the folders, with their 95% interval, and 
 rows, so that it holds both. Of one folder it is a bootstrap over the rows. ``random``, and other methods that draw, are
 the mean of five seeds of their own. A third table says which share of the full cache's bytes is stored.
 
-What is finished, a method on a folder, is kept in --out, and not measured again by the same code on the same files.
---picture draws right answers against bytes.
+What is finished, a method on a folder, is kept in --out, and measured again only where the model, the rows, the
+method's fields, the budgets or the library's code changed. --picture draws right answers against bytes.
 
 The budgets share one prefill, in a cache that hides what another would have evicted, where that gives the logits that
 evicting gives; which is tried on the first rows at every budget. Else each budget has a prefill of its own.
@@ -29,7 +29,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     listed = [name for given in options.methods for name in (family() if given == "all" else [given])]
-    names = [CONTROL, *(name for name in listed if name not in (CONTROL, BASELINE))]
+    others = dict.fromkeys(name for name in listed if name not in (CONTROL, BASELINE))
+    # Those that store everything last.
+    names = [CONTROL, *sorted(others, key=lambda name: (selects(name), name))]
     found: dict[tuple[str, str], list[Measured]] = {}
     for folder in options.folders:
         study = Study(folder, options.rows, options.out)
@@ -110,16 +112,12 @@ def main() -> None:
         print("|---|" + "---|" * len(options.keep))
         for name in names:
             cells = [judged(*(values(found[way, each], keep) for each in (name, CONTROL))) for keep in options.keep]
-            print(line(name, cells))
+            print(line(shown(name), cells))
     print(f"\nBytes, share of the full cache's\n\n| method |{''.join(f' {keep:g} |' for keep in options.keep)}")
     print("|---|" + "---|" * len(options.keep))
     for name in names:
-        print(
-            line(
-                name,
-                [f"{stored([*found['visible', name], *found['hidden', name]], keep):.3f}" for keep in options.keep],
-            )
-        )
+        both = [*found["visible", name], *found["hidden", name]]
+        print(line(shown(name), [f"{stored(both, keep):.3f}" for keep in options.keep]))
     if options.picture:
         write_text(options.picture, picture([panel(name, found, options.keep) for name in names[1:]]))
 
@@ -141,13 +139,14 @@ class Study:
         package = Path(tw.__file__).parent
         code = (path for part in ("cache", "models", "policies", "signals") for path in (package / part).rglob("*.py"))
         # Whatever a result depends on.
-        self.inputs = [digest([*directory.iterdir(), data]), digest([*code, Path(__file__)]), len(self.rows)]
+        self.inputs = [digest([*directory.iterdir(), data]), digest(code), len(self.rows)]
 
     def measured(self, text: str, keeps: list[float], way: str) -> Measured:
         """The method that `text` names at each budget; as it was stored, if it was."""
-        key = hashlib.sha256(json.dumps([*self.inputs, text, keeps, way]).encode()).hexdigest()[:12]
-        name = "".join(letter if letter.isalnum() else "_" for letter in text)
-        path = self.out and self.out / f"{self.folder.name}-{name}-{way}-{key}.json"
+        one = method(text, keep=1.0)
+        inputs = [*self.inputs, one.card.id, one.version, one.model_dump(mode="json"), keeps, way]
+        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+        path = self.out and self.out / f"{self.folder.name}-{one.card.name}-{way}-{key}.json"
         if path and path.exists():
             return Measured(**json.loads(path.read_text(encoding="utf-8")))
         found = measure(self.model, self.rows, text, keeps, way == "hidden")
@@ -156,7 +155,18 @@ class Study:
         return found
 
 
-def digest(paths: list[Path]) -> str:
+def selects(text: str) -> bool:
+    """Whether the method that `text` names stores all tokens and reads a part of them."""
+    return bool(method(text, keep=1.0).mode == "select")
+
+
+def shown(text: str) -> str:
+    """The name of what `text` names, with the values of its fields."""
+    name, _, fields = text.partition(":")
+    return ", ".join([name, *(str(json.loads(pair.partition("=")[2])) for pair in fields.split(",") if pair)])
+
+
+def digest(paths: Iterable[Path]) -> str:
     """Of the contents of files, in the order of their names."""
     found = hashlib.sha256()
     for path in sorted(paths):
@@ -312,13 +322,12 @@ def spread(found: list[Right]) -> tuple[float, float, float]:
 
 def panel(name: str, found: dict[tuple[str, str], list[Measured]], keeps: list[float]) -> Panel:
     """What the picture shows of a method: right answers by bytes or, where all is stored, by what is read."""
-    selects = method(name, keep=1.0).mode == "select"
     lines = {}
     for way in WAYS:
-        shares = keeps if selects else [stored(found[way, name], keep) for keep in keeps]
+        shares = keeps if selects(name) else [stored(found[way, name], keep) for keep in keeps]
         one, chance = ([within(values(found[way, each], keep)) for keep in keeps] for each in (name, CONTROL))
         lines[way] = Line(shares, one, keeps, [mean for mean, _, _ in chance])
-    return Panel(name, selects, lines)
+    return Panel(shown(name), selects(name), lines)
 
 
 def line(name: str, cells: list[str]) -> str:

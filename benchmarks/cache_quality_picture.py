@@ -15,9 +15,10 @@ text { font: 12px system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Liberation S
 .tick { font-size: 10px; fill: #59626d; }
 .grid { stroke: #d9dde2; }
 .page { fill: #ffffff; }
-.line { fill: none; stroke-width: 2; }
+.line { fill: none; stroke-width: 2; } .line.visible { stroke-width: 4; }
 .chance { fill: none; stroke-width: 1.2; stroke-dasharray: 3 3; }
 .area { stroke: none; fill-opacity: 0.18; }
+.random { stroke: #59626d; }
 .visible { stroke: #c14a00; } .area.visible { fill: #c14a00; stroke: none; }
 .hidden { stroke: #0b6bb5; } .area.hidden { fill: #0b6bb5; stroke: none; }
 """
@@ -63,7 +64,14 @@ def picture(panels: Sequence[Panel]) -> str:
     for index, panel in enumerate(panels):
         row, column = divmod(index, COLUMNS)
         parts += chart(panel, LEFT + column * WIDTH, TOP + row * HEIGHT, column == 0, index + COLUMNS >= len(panels))
-    parts.append(charts.text(LEFT, height - 10, "Share of the full cache's bytes (*: share that is read)", "tick"))
+    parts.append(
+        charts.text(
+            LEFT,
+            height - 10,
+            "Share of the full cache's bytes; *: all is stored, and this share read at each step",
+            "tick",
+        )
+    )
     described = "; ".join(f"{panel.name} {said(panel)}" for panel in panels)
     drawn = charts.svg(width, height, f"Right answers in % by share of bytes. {described}.", parts, "study")
     return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
@@ -78,9 +86,13 @@ def said(panel: Panel) -> str:
 def legend() -> list[str]:
     """What the lines are."""
     parts = [charts.text(LEFT, 14, "Right answers, %")]
-    keys = (("line visible", "question visible"), ("line hidden", "question hidden"), ("chance hidden", "random"))
+    keys = (
+        ("line visible", "question visible"),
+        ("line hidden", "question hidden"),
+        ("chance random", "random, in the same colours"),
+    )
     for index, (classes, name) in enumerate(keys):
-        x = LEFT + 130 + index * 160
+        x = LEFT + 130 + index * 150
         parts += [charts.line(x, 14, x + 24, 14, classes), charts.text(x + 30, 14, name)]
     return parts
 
