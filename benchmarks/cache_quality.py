@@ -14,7 +14,8 @@ Prints a table for the question visible to the method and one for the question h
 right answers in percent, the mean of the folders, with their 95% interval, and whether that is better or worse than
 ``random``, paired by row. The interval is Student's t over the folders' means: each is a draw of a model and of its
 rows, so that it holds both. Of one folder it is a bootstrap over the rows. ``random``, and other methods that draw, are
-the mean of five seeds of their own. A third table says which share of the full cache's bytes is stored.
+the mean of five seeds of their own. A third table says which share of the full cache's bytes is stored or, of methods
+that store everything, which share of the tokens each step reads.
 
 What is finished, a method on a folder, is kept in --out, and measured again only where the model, the rows, the
 method's fields, the budgets or the library's code changed. --picture draws right answers against bytes.
@@ -44,6 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import tokenwise as tw
 from tokenwise import catalog
+from tokenwise.cache.selecting import SelectingCache
 from tokenwise.comparison.contexts import Contexts, read_contexts
 from tokenwise.comparison.long_context import take_back
 from tokenwise.errors import InputError
@@ -59,6 +61,8 @@ SCALED = {
 SCALED_OF = {"chunk_kv": {"chunk": 4}}
 """The same of one method."""
 WAYS = ("visible", "hidden")
+VERSION = 1
+"""Raised when the same is measured otherwise; stored results of older versions are then not reused."""
 BATCH, TRIED, SAME = 50, 8, 1e-3
 """Rows at once; rows on which hiding is compared with evicting, and bytes are counted; how close logits must be."""
 
@@ -72,10 +76,12 @@ class Measured:
     Args:
         right: how often each row is answered right at each budget, [rows].
         stored: the share of the full cache's bytes at each budget.
+        read: the share of the tokens that a step reads, of methods that select; else empty.
     """
 
     right: dict[str, list[float]]
     stored: dict[str, float]
+    read: dict[str, float]
 
 
 def main() -> None:
@@ -113,11 +119,11 @@ def main() -> None:
         for name in names:
             cells = [judged(*(values(found[way, each], keep) for each in (name, CONTROL))) for keep in options.keep]
             print(line(shown(name), cells))
-    print(f"\nBytes, share of the full cache's\n\n| method |{''.join(f' {keep:g} |' for keep in options.keep)}")
+    print(f"\nShare of the full cache's bytes\n\n| method |{''.join(f' {keep:g} |' for keep in options.keep)}")
     print("|---|" + "---|" * len(options.keep))
     for name in names:
         both = [*found["visible", name], *found["hidden", name]]
-        print(line(shown(name), [f"{stored(both, keep):.3f}" for keep in options.keep]))
+        print(line(shown(name), [f"{share(both, keep):.3f}" for keep in options.keep]))
     if options.picture:
         write_text(options.picture, picture([panel(name, found, options.keep) for name in names[1:]]))
 
@@ -144,7 +150,7 @@ class Study:
     def measured(self, text: str, keeps: list[float], way: str) -> Measured:
         """The method that `text` names at each budget; as it was stored, if it was."""
         one = method(text, keep=1.0)
-        inputs = [*self.inputs, one.card.id, one.version, one.model_dump(mode="json"), keeps, way]
+        inputs = [VERSION, *self.inputs, one.card.id, one.version, one.model_dump(mode="json"), keeps, way]
         key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
         path = self.out and self.out / f"{self.folder.name}-{one.card.name}-{way}-{key}.json"
         if path and path.exists():
@@ -199,7 +205,7 @@ def measure(model: Any, rows: Contexts, text: str, keeps: list[float], hidden: b
     whole = method(text, keep=1.0)
     draws = "seed" in type(whole).model_fields
     found: dict[float, list[Right]] = {keep: [] for keep in keeps}
-    shares: dict[float, float] = {}
+    stored, read = {}, {}
     for seed in SEEDS if draws else (None,):
         one = whole if seed is None else whole.replace(seed=seed)
         right = {keep: np.empty(len(rows)) for keep in keeps}
@@ -208,7 +214,7 @@ def measure(model: Any, rows: Contexts, text: str, keeps: list[float], hidden: b
             parts = [torch.tensor([rows.parts(row)[part] for row in batch]) for part in range(3)]
             if hides is None:
                 some = [part[:TRIED] for part in parts]
-                shares, hides = tried(model, one, keeps, some, hidden)
+                stored, read, hides = tried(model, one, keeps, some, hidden)
                 if not hides and seed in (None, SEEDS[0]):
                     print(f"{text}: a prefill for each budget, as hiding is not evicting", file=sys.stderr)
             for keep, logits in answered(model, one, keeps, parts, hidden, hides):
@@ -217,7 +223,8 @@ def measure(model: Any, rows: Contexts, text: str, keeps: list[float], hidden: b
             found[keep].append(right[keep])
     return Measured(
         right={f"{keep:g}": np.mean(values, 0).tolist() for keep, values in found.items()},
-        stored={f"{keep:g}": share for keep, share in shares.items()},
+        stored={f"{keep:g}": share for keep, share in stored.items()},
+        read={f"{keep:g}": share for keep, share in read.items()},
     )
 
 
@@ -247,24 +254,27 @@ def answered(
 
 def tried(
     model: Any, one: Any, keeps: list[float], parts: list[Tensor], hidden: bool
-) -> tuple[dict[float, float], bool]:
-    """The share of the full cache's bytes that each budget stores, and whether hiding is the same as evicting."""
-    shares, logits, hides = {}, {}, True
+) -> tuple[dict[float, float], dict[float, float], bool]:
+    """The share of the full cache's bytes that each budget stores, that of the tokens that a method which selects then
+    reads, and whether hiding is the same as evicting."""
+    stored, read, logits, hides = {}, {}, {}, True
     for keep in keeps:
         with tw.evict(model, one.replace(keep=keep)) as cache:
             model(first(parts, hidden), past_key_values=cache, logits_to_keep=1)
             stock = DynamicCache(config=model.config)
             model(first(parts, hidden), past_key_values=stock, logits_to_keep=1)
-            shares[keep] = cache.nbytes() / cache_nbytes(stock)
+            stored[keep] = cache.nbytes() / cache_nbytes(stock)
             logits[keep] = written(model, cache, parts, hidden)
             hides = hasattr(cache, "with_keep")
+            if isinstance(cache, SelectingCache):
+                read[keep] = cache.stats["tokens_read"] / cache.stats["tokens_seen"]
     if not hides:
-        return shares, False
+        return stored, read, False
     try:
         hiding = dict(answered(model, one, keeps, parts, hidden, True))
     except (InputError, NotImplementedError):
-        return shares, False
-    return shares, all(torch.allclose(hiding[keep], logits[keep], rtol=SAME, atol=SAME) for keep in keeps)
+        return stored, read, False
+    return stored, read, all(torch.allclose(hiding[keep], logits[keep], rtol=SAME, atol=SAME) for keep in keeps)
 
 
 def first(parts: list[Tensor], hidden: bool) -> Tensor:
@@ -278,11 +288,11 @@ def written(model: Any, cache: Any, parts: list[Tensor], hidden: bool) -> Tensor
     if not hidden:
         take_back(cache)
         ids = ids[:, -1:]
-    found = []
-    for token in range(parts[2].shape[1]):
-        found.append(model(ids, past_key_values=cache, logits_to_keep=1).logits)
-        ids = parts[2][:, token : token + 1]
-    return torch.cat(found, 1)
+    # What selects reads a part of a prompt whole, and single words by its choice: the question's are read so, too.
+    question = ids.split(1, 1) if isinstance(cache, SelectingCache) else [ids]
+    steps = [*question, *parts[2][:, :-1].split(1, 1)]
+    found = [model(step, past_key_values=cache, logits_to_keep=1).logits for step in steps]
+    return torch.cat(found[len(question) - 1 :], 1)
 
 
 def values(found: list[Measured], keep: float) -> list[Right]:
@@ -290,9 +300,9 @@ def values(found: list[Measured], keep: float) -> list[Right]:
     return [np.array(one.right[f"{keep:g}"]) for one in found]
 
 
-def stored(found: list[Measured], keep: float) -> float:
-    """The mean share of the full cache's bytes."""
-    return float(np.mean([one.stored[f"{keep:g}"] for one in found]))
+def share(found: list[Measured], keep: float) -> float:
+    """The mean share of the full cache's bytes that is stored; of methods that select, that of the tokens read."""
+    return float(np.mean([(one.read or one.stored)[f"{keep:g}"] for one in found]))
 
 
 def judged(found: list[Right], control: list[Right]) -> str:
@@ -321,12 +331,14 @@ def spread(found: list[Right]) -> tuple[float, float, float]:
 
 
 def panel(name: str, found: dict[tuple[str, str], list[Measured]], keeps: list[float]) -> Panel:
-    """What the picture shows of a method: right answers by bytes or, where all is stored, by what is read."""
+    """What the picture shows of a method."""
     lines = {}
     for way in WAYS:
-        shares = keeps if selects(name) else [stored(found[way, name], keep) for keep in keeps]
-        one, chance = ([within(values(found[way, each], keep)) for keep in keeps] for each in (name, CONTROL))
-        lines[way] = Line(shares, one, keeps, [mean for mean, _, _ in chance])
+        shares, right = {}, {}
+        for each in (name, CONTROL):
+            shares[each] = [share(found[way, each], keep) for keep in keeps]
+            right[each] = [within(values(found[way, each], keep)) for keep in keeps]
+        lines[way] = Line(shares[name], right[name], shares[CONTROL], [mean for mean, _, _ in right[CONTROL]])
     return Panel(shown(name), selects(name), lines)
 
 
