@@ -15,7 +15,8 @@ right answers in percent, the mean of the folders, with their 95% interval, and 
 ``random``, paired by row. The interval is Student's t over the folders' means: each is a draw of a model and of its
 rows, so that it holds both. Of one folder it is a bootstrap over the rows. ``random``, and other methods that draw, are
 the mean of five seeds of their own. A third table says which share of the full cache's bytes is stored or, of methods
-that store everything, which share of the tokens each step reads.
+that store everything, which share of the tokens each step reads; a fourth shows the folders one by one, at the middle
+budget.
 
 What is finished, a method on a folder, is kept in --out, and measured again only where the model, the rows, the
 method's fields, the budgets or the library's code changed. --picture draws right answers against bytes.
@@ -124,6 +125,13 @@ def main() -> None:
     for name in names:
         both = [*found["visible", name], *found["hidden", name]]
         print(line(shown(name), [f"{share(both, keep):.3f}" for keep in options.keep]))
+    keep = options.keep[len(options.keep) // 2]
+    print(f"\nEach folder at {keep:g}, question visible / hidden\n")
+    print(line("method", [folder.name for folder in options.folders]))
+    print("|---|" + "---|" * len(options.folders))
+    for name in names:
+        right = ([f"{100 * mean:.1f}" for mean in means(found[way, name], keep)] for way in WAYS)
+        print(line(shown(name), [" / ".join(pair) for pair in zip(*right, strict=True)]))
     if options.picture:
         write_text(options.picture, picture([panel(name, found, options.keep) for name in names[1:]]))
 
@@ -300,6 +308,11 @@ def values(found: list[Measured], keep: float) -> list[Right]:
     return [np.array(one.right[f"{keep:g}"]) for one in found]
 
 
+def means(found: list[Measured], keep: float) -> list[float]:
+    """The share of right answers on each folder."""
+    return [float(one.mean()) for one in values(found, keep)]
+
+
 def share(found: list[Measured], keep: float) -> float:
     """The mean share of the full cache's bytes that is stored; of methods that select, that of the tokens read."""
     return float(np.mean([(one.read or one.stored)[f"{keep:g}"] for one in found]))
@@ -334,11 +347,11 @@ def panel(name: str, found: dict[tuple[str, str], list[Measured]], keeps: list[f
     """What the picture shows of a method."""
     lines = {}
     for way in WAYS:
-        shares, right = {}, {}
-        for each in (name, CONTROL):
-            shares[each] = [share(found[way, each], keep) for keep in keeps]
-            right[each] = [within(values(found[way, each], keep)) for keep in keeps]
-        lines[way] = Line(shares[name], right[name], shares[CONTROL], [mean for mean, _, _ in right[CONTROL]])
+        shares, right = (
+            [[of(found[way, each], keep) for keep in keeps] for each in (name, CONTROL)] for of in (share, means)
+        )
+        chance = np.mean(right[1], 1).tolist()
+        lines[way] = Line(shares[0], np.transpose(right[0]).tolist(), shares[1], chance)
     return Panel(shown(name), selects(name), lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from tokenwise.comparison import charts
 from tokenwise.comparison.charts import Scale
@@ -17,10 +18,10 @@ text { font: 12px system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Liberation S
 .page { fill: #ffffff; }
 .line { fill: none; stroke-width: 2; } .line.visible { stroke-width: 4; }
 .chance { fill: none; stroke-width: 1.2; stroke-dasharray: 3 3; }
-.area { stroke: none; fill-opacity: 0.18; }
+.each { fill: none; stroke-width: 1; stroke-opacity: 0.4; }
 .random { stroke: #59626d; }
-.visible { stroke: #c14a00; } .area.visible { fill: #c14a00; stroke: none; }
-.hidden { stroke: #0b6bb5; } .area.hidden { fill: #0b6bb5; stroke: none; }
+.visible { stroke: #c14a00; }
+.hidden { stroke: #0b6bb5; }
 """
 
 
@@ -30,15 +31,20 @@ class Line:
 
     Args:
         shares: of the full cache's bytes.
-        right: the share of right answers and its interval, at each share.
+        each: the share of right answers of each repetition at each share, [repetitions, shares].
         chance_shares: the same of a random choice.
-        chance: the share of right answers of a random choice, at each of its shares.
+        chance: the share of right answers of a random choice, the mean, at each of its shares.
     """
 
     shares: Sequence[float]
-    right: Sequence[tuple[float, ...]]
+    each: Sequence[Sequence[float]]
     chance_shares: Sequence[float]
     chance: Sequence[float]
+
+    @property
+    def mean(self) -> list[float]:
+        """Of the repetitions, at each share."""
+        return [fmean(values) for values in zip(*self.each, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def picture(panels: Sequence[Panel]) -> str:
 
 def said(panel: Panel) -> str:
     """A method's right answers at its smallest and its largest budget."""
-    ends = (f"{100 * line.right[0][0]:.0f} to {100 * line.right[-1][0]:.0f} {way}" for way, line in panel.lines.items())
+    ends = (f"{100 * line.mean[0]:.0f} to {100 * line.mean[-1]:.0f} {way}" for way, line in panel.lines.items())
     return ", ".join(ends)
 
 
@@ -89,7 +95,7 @@ def legend() -> list[str]:
     keys = (
         ("line visible", "question visible"),
         ("line hidden", "question hidden"),
-        ("chance random", "random, in the same colours"),
+        ("chance random", "random; thin: each seed"),
     )
     for index, (classes, name) in enumerate(keys):
         x = LEFT + 130 + index * 150
@@ -102,6 +108,10 @@ def chart(panel: Panel, left: float, top: float, first: bool, last: bool) -> lis
     x = Scale(0.035, 0.56, left, left + WIDTH - 14, log=True)
     y = Scale(0.0, 1.0, top + HEIGHT - 26, top + 18)
     parts = [charts.text(left, top + 7, f"{panel.name}{'*' * panel.reads}")]
+
+    def drawn(shares: Sequence[float], values: Sequence[float], classes: str) -> str:
+        return charts.path([(x(share), y(value)) for share, value in zip(shares, values, strict=True)], classes)
+
     for share in (0.0, 0.5, 1.0):
         parts.append(charts.line(x.start, y(share), x.end, y(share), "grid"))
         if first:
@@ -109,13 +119,7 @@ def chart(panel: Panel, left: float, top: float, first: bool, last: bool) -> lis
     if last:
         parts += [charts.text(x(share), y(0.0) + 11, f"{share:g}", "tick", "middle") for share in TICKS]
     for way, line in panel.lines.items():
-        lows, highs = (
-            [(x(share), y(right[end])) for share, right in zip(line.shares, line.right, strict=True)] for end in (1, 2)
-        )
-        parts.append(charts.band(highs, lows, f"area {way}"))
-    for way, line in panel.lines.items():
-        chance = zip(line.chance_shares, line.chance, strict=True)
-        parts.append(charts.path([(x(share), y(right)) for share, right in chance], f"chance {way}"))
-        own = zip(line.shares, line.right, strict=True)
-        parts.append(charts.path([(x(share), y(right[0])) for share, right in own], f"line {way}"))
+        parts += [drawn(line.shares, values, f"each {way}") for values in line.each]
+        parts.append(drawn(line.chance_shares, line.chance, f"chance {way}"))
+    parts += [drawn(line.shares, line.mean, f"line {way}") for way, line in panel.lines.items()]
     return parts

@@ -57,6 +57,8 @@ LEVELS = ((4, 20), (8, 48), (12, 80), (12, 120), (PAIRS, LENGTH))
 """How many names, in how many words at most."""
 LEARNT = 0.1
 """The loss at which the next level begins."""
+PATIENCE = 1200
+"""Steps in which the first level must be learnt; 300 to 700 are enough where it is learnt at all."""
 MOST_STEPS, LAST_STEPS, BATCH, LEARNING_RATE = 12000, 600, 32, 3e-3
 NOISE = 0.03
 """Standard deviation of the noise on the first weights of the queries; their own is 0.125."""
@@ -92,9 +94,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama with random weights."""
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=2048,
@@ -121,15 +122,23 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 
 def train(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A model trained on contexts drawn as they are needed, with all questions behind each.
+    """A model that has learned to recall; weights that do not begin to are drawn anew."""
+    torch.manual_seed(seed)
+    generator = np.random.default_rng([seed, 0])
+    while (model := train_once(tokenizer, generator)) is None:
+        print(f"not learned in {PATIENCE} steps: again with other weights", flush=True)
+    return model
+
+
+def train_once(tokenizer: PreTrainedTokenizerFast, generator: np.random.Generator) -> LlamaForCausalLM | None:
+    """A model trained on contexts drawn as they are needed, with all questions behind each; None if it does not learn.
 
     Short ones come first; longer ones once they are answered. Beside it the first layer learns to tell the word before,
     which recall is built on, by a head that is thrown away.
     """
-    model = make_model(tokenizer, seed).train()
+    model = make_model(tokenizer).train()
     teacher = nn.Linear(SIZES["hidden_size"], len(tokenizer))
     word = tokenizer.get_vocab()
-    generator = np.random.default_rng([seed, 0])
     parameters = [*model.parameters(), *teacher.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -169,6 +178,8 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
             print(f"step {step}, {LEVELS[level][0]} names in {LEVELS[level][1]} words: loss {mean:.3f}", flush=True)
         if mean < LEARNT and not last:
             level, mean = level + 1, 1.0
+        if level == 0 and step == PATIENCE:
+            return None
     return model.eval()
 
 

@@ -34,7 +34,7 @@ def test_each_name_stands_once_before_what_belongs_to_it(train):
 
 
 def test_heads_begin_by_looking_for_what_equals_the_query(train):
-    model = train.make_model(train.make_tokenizer(), 0)
+    model = train.make_model(train.make_tokenizer())
     attention = model.model.layers[0].self_attn
     queries, keys = attention.q_proj.weight.unflatten(0, (2, 2, -1)), attention.k_proj.weight.unflatten(0, (2, -1))
     noise = (queries - keys.unsqueeze(1)).detach()
@@ -60,6 +60,24 @@ def test_each_seed_has_weights_and_contexts_of_its_own(train, tmp_path, monkeypa
     assert weights[0] == weights[1] != weights[2]
     assert rows[0] == rows[1]
     assert not set(rows[0]) & set(rows[2])
+
+
+def test_weights_that_do_not_learn_are_drawn_anew(train, monkeypatch, capsys):
+    for name, value in (("MOST_STEPS", 2), ("BATCH", 2), ("PATIENCE", 1)):
+        monkeypatch.setattr(train, name, value)
+    make, made = train.make_model, []
+
+    def make_model(tokenizer):
+        monkeypatch.setattr(train, "LEARNT", 9.0 if made else 0.0)  # the second one learns at once
+        made.append(make(tokenizer))
+        return made[-1]
+
+    monkeypatch.setattr(train, "make_model", make_model)
+    assert train.train(train.make_tokenizer(), 0) is made[1]
+    assert len(made) == 2
+    assert "not learned in 1 steps" in capsys.readouterr().out
+    weights = [model.model.layers[1].mlp.up_proj.weight for model in made]
+    assert (weights[0] - weights[1]).abs().mean() > 0.05
 
 
 def test_from_contexts_to_a_model(train, tmp_path, monkeypatch, capsys):
