@@ -175,9 +175,10 @@ def selects(text: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """The name of what `text` names, with the values of its fields."""
+    """The name of what `text` names, with the fields that it sets."""
     name, _, fields = text.partition(":")
-    return ", ".join([name, *(str(json.loads(pair.partition("=")[2])) for pair in fields.split(",") if pair)])
+    pairs = (pair.split("=", 1) for pair in fields.split(",") if pair)
+    return ", ".join([name, *(f"{field} {json.loads(value)}" for field, value in pairs)])
 
 
 def digest(paths: Iterable[Path]) -> str:
