@@ -175,10 +175,11 @@ def selects(text: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """The name of what `text` names, with the fields that it sets."""
+    """The name of what `text` names, and what its fields are set to."""
     name, _, fields = text.partition(":")
     pairs = (pair.split("=", 1) for pair in fields.split(",") if pair)
-    return ", ".join([name, *(f"{field} {json.loads(value)}" for field, value in pairs)])
+    # A word says what it is, a number does not.
+    return ", ".join([name, *(json.loads(value) if '"' in value else f"{field} {value}" for field, value in pairs)])
 
 
 def digest(paths: Iterable[Path]) -> str:

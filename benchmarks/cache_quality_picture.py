@@ -95,12 +95,12 @@ def legend() -> list[str]:
     keys = (
         ("line visible", "question visible"),
         ("line hidden", "question hidden"),
-        ("chance random", "random; thin: each seed"),
+        ("chance random", "random"),
     )
     for index, (classes, name) in enumerate(keys):
         x = LEFT + 130 + index * 150
         parts += [charts.line(x, 14, x + 24, 14, classes), charts.text(x + 30, 14, name)]
-    return parts
+    return [*parts, charts.text(LEFT + 540, 14, "thin: a training seed each")]
 
 
 def chart(panel: Panel, left: float, top: float, first: bool, last: bool) -> list[str]:
