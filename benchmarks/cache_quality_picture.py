@@ -107,7 +107,7 @@ def chart(panel: Panel, left: float, top: float, first: bool, last: bool) -> lis
     """A method's chart; the first of a row has numbers on its left, the last of a column below."""
     x = Scale(0.035, 0.56, left, left + WIDTH - 14, log=True)
     y = Scale(0.0, 1.0, top + HEIGHT - 26, top + 18)
-    parts = [charts.text(left, top + 7, f"{panel.name}{'*' * panel.reads}")]
+    parts = [charts.text(left, top + 7, charts.shorten(f"{panel.name}{'*' * panel.reads}", 1.1 * WIDTH))]
 
     def drawn(shares: Sequence[float], values: Sequence[float], classes: str) -> str:
         return charts.path([(x(share), y(value)) for share, value in zip(shares, values, strict=True)], classes)
