@@ -37,11 +37,47 @@ def test_heads_begin_by_looking_for_what_equals_the_query(train):
     model = train.make_model(train.make_tokenizer())
     attention = model.model.layers[0].self_attn
     queries, keys = attention.q_proj.weight.unflatten(0, (2, 2, -1)), attention.k_proj.weight.unflatten(0, (2, -1))
-    assert (queries == keys.unsqueeze(1)).all()
+    noise = (queries - keys.unsqueeze(1)).detach()
+    np.testing.assert_allclose(noise.std(), train.NOISE, rtol=0.1)
+    # Those that share a key differ, or they would stay alike.
+    assert (noise[:, 0] - noise[:, 1]).abs().mean() > train.NOISE
     # All heads together copy.
     values = attention.v_proj.weight.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
     copied = (attention.o_proj.weight @ values).detach().numpy()
     np.testing.assert_allclose(copied, np.eye(64), atol=1e-5)
+
+
+def test_each_seed_has_weights_and_contexts_of_its_own(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "EVAL", 2)
+    monkeypatch.setattr(train, "MOST_STEPS", 1)
+    monkeypatch.setattr(train, "BATCH", 2)
+    weights, rows = [], []
+    for name, given in (("a", []), ("b", ["--seed", "0"]), ("c", ["--seed", "1"])):
+        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / name), *given])
+        train.main()
+        weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+        rows.append((tmp_path / name / "recall.jsonl").read_text().splitlines())
+    assert weights[0] == weights[1] != weights[2]
+    assert rows[0] == rows[1]
+    assert not set(rows[0]) & set(rows[2])
+
+
+def test_weights_that_do_not_learn_are_drawn_anew(train, monkeypatch, capsys):
+    for name, value in (("MOST_STEPS", 2), ("BATCH", 2), ("PATIENCE", 1)):
+        monkeypatch.setattr(train, name, value)
+    make, made = train.make_model, []
+
+    def make_model(tokenizer):
+        monkeypatch.setattr(train, "LEARNT", 9.0 if made else 0.0)  # the second one learns at once
+        made.append(make(tokenizer))
+        return made[-1]
+
+    monkeypatch.setattr(train, "make_model", make_model)
+    assert train.train(train.make_tokenizer(), 0) is made[1]
+    assert len(made) == 2
+    assert "not learned in 1 steps" in capsys.readouterr().out
+    weights = [model.model.layers[1].mlp.up_proj.weight for model in made]
+    assert (weights[0] - weights[1]).abs().mean() > 0.05
 
 
 def test_from_contexts_to_a_model(train, tmp_path, monkeypatch, capsys):

@@ -134,6 +134,11 @@ class Reader:
                 layer.record_past = False
             return Read(cache, ids, 1)
         self.forward(first, cache)
+        if self.method.mode == "select" and not self.method.parts:
+            # Such a method has the parts of a prompt read everything: the question is read as what is written is.
+            for token in question[:-1]:
+                self.forward(self._ids([token]), cache)
+            return Read(cache, ids, 1)
         return Read(cache, ids, len(question))
 
     def forward(self, ids: Tensor, cache: Any, last: bool = True) -> Tensor:
