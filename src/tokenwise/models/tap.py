@@ -316,11 +316,12 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
         unknown = [name for name in _UNKNOWN_TERMS if options.get(name) is not None]
         if unknown or not (attention_mask is None or isinstance(attention_mask, Tensor)):
             what = ", ".join(unknown) or type(attention_mask).__name__
+            fix = "Use a model without it" if unknown else "Load the model with attn_implementation='sdpa'"
             raise InputError(
                 Problem(
                     "model",
                     f"the attention of {type(owner).__name__} has {what}, which reading it does not know.",
-                    "Load the model with attn_implementation='sdpa', or use a method that reads no attention.",
+                    f"{fix}, or a method that does not listen to attention.",
                 )
             )
         scaling = options.get("scaling")
