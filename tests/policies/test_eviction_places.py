@@ -22,3 +22,15 @@ def test_the_best_of_all_may_lie_on_several_devices():
         scores = [torch.zeros(2, 3, 8, device=device) for device in ("cuda:1", "cpu", "cuda:0")]
         shown = best_of_all(scores, *(torch.ones(2, dtype=torch.long, device="cuda:1") for _ in range(2)))
     assert [part.device for part in shown] == [score.device for score in scores]
+
+
+def test_of_equal_scores_the_first_are_taken():
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(2, 3, 200, generator=generator)
+    few = torch.randint(0, 4, (2, 3, 200), generator=generator).float()
+    hidden = plain.masked_fill(plain < 1, float("-inf"))
+    for scores in (plain, few, torch.zeros(2, 3, 200), hidden, -hidden):
+        for most in (1, 7, 60, 200):
+            expected = scores.argsort(dim=2, descending=True, stable=True)[:, :, :most].sort(dim=2).values
+            assert torch.equal(top_places(scores, most), expected)
+            assert torch.equal(top_places(scores, most, torch.tensor([most, most])), expected)

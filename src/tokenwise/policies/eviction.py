@@ -161,9 +161,16 @@ def top_places(scores: Tensor, most: int, counts: Tensor | None = None) -> Tenso
     Returns:
         [batch, heads, most], int64; -1 where a row has fewer, which stand first.
     """
+    if counts is None:
+        # Which of equal scores `topk` takes is not said: it is asked for the smallest that is taken, and for places. To
+        # sort all of them takes several times as long.
+        least = scores.topk(most, dim=2, sorted=False).values.amin(2, keepdim=True)
+        above, equal = scores > least, scores == least
+        taken = above | (equal & (equal.cumsum(2) <= most - above.sum(2, keepdim=True)))
+        places = torch.arange(scores.shape[2], device=scores.device).masked_fill(~taken, scores.shape[2])
+        return places.topk(most, dim=2, largest=False, sorted=False).values.sort(dim=2).values
     order = scores.argsort(dim=2, descending=True, stable=True)[:, :, :most]
-    if counts is not None:
-        order = order.masked_fill(torch.arange(most, device=scores.device) >= counts.view(-1, 1, 1), -1)
+    order = order.masked_fill(torch.arange(most, device=scores.device) >= counts.view(-1, 1, 1), -1)
     return order.sort(dim=2).values
 
 
