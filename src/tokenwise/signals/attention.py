@@ -16,7 +16,7 @@ from tokenwise.signals.products import multiply
 
 _BLOCK_BYTES = 32 * 2**20
 _CACHED_BYTES = 2 * 2**20
-_DIVIDED = 2**17
+_DIVIDED = 2**19
 _GRADIENT = ContextVar("gradient", default=False)
 _Given = ParamSpec("_Given")
 
