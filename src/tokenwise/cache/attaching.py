@@ -96,8 +96,8 @@ class ListeningCache(Cache, Handle):
         raise TypeError(f"{type(self).__name__} listens to a model and cannot be pickled; copy.deepcopy copies it.")
 
     @abstractmethod
-    def begin(self, tokens: int) -> None:
-        """Before a pass of so many tokens with this cache."""
+    def begin(self) -> None:
+        """Before a pass with this cache: forget what only some layers have seen of one that broke off."""
 
     @abstractmethod
     def attended(self, index: int, call: AttentionCall) -> None:
@@ -135,6 +135,6 @@ def _beginner(cache: weakref.ref[ListeningCache]) -> Any:
                 # What was stored in inference mode cannot be written to outside of it.
                 found.layers = copy.deepcopy(found.layers)
             found._awaited, found._inferring = None, inferring
-            found.begin(tokens or 0)
+            found.begin()
 
     return begin

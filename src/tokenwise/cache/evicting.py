@@ -255,10 +255,6 @@ class EvictingCache(ListeningCache):
     def _thinned(self, layer: SelectiveLayer) -> bool:
         return layer.stored != layer.seen or layer.real is not None or isinstance(layer, TieredLayer)
 
-    def begin(self, tokens: int) -> None:
-        """Before a pass of so many tokens through the model."""
-        self._repair()
-
     @torch.no_grad()
     def _release(self) -> None:
         if self.get_seq_length():
@@ -288,7 +284,7 @@ class EvictingCache(ListeningCache):
             if "queries" in layer.notes:
                 layer.notes["queries"] = self._narrowed(layer, layer.notes["queries"])
 
-    def _repair(self) -> None:
+    def begin(self) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
         seen = [self._selective(index).seen for index in self._places]
         if len(set(seen)) > 1:
@@ -314,12 +310,10 @@ class EvictingCache(ListeningCache):
         method, tokens, whole = self.method, call.query.shape[2], call.mask
         again = self._again is not None
         reading = tokens > 1 or layer.seen == tokens or again or self._holds(layer.seen - tokens)
-        if self._again is not None:
-            pass
-        elif reading:
+        if reading and not again:
             self._note_padding(layer, call)
             self._note_given(layer)
-        else:
+        elif not again:
             layer.notes["counted"] = layer.notes["counted"] + tokens
         call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
@@ -330,7 +324,7 @@ class EvictingCache(ListeningCache):
                 mask = mask.repeat_interleave(call.query.shape[1] // mask.shape[1], 1)
             call.mask = mask
         if not self._idle and (reading or method.interval is not None):
-            if self._again is not None:
+            if again:
                 self._attended_again(index, layer, call, whole)
             else:
                 self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])

@@ -92,7 +92,7 @@ class SelectingCache(ListeningCache):
         self._read.clear()
         self._memory.clear()
 
-    def begin(self, tokens: int) -> None:
+    def begin(self) -> None:
         """After a pass that broke off: forget what only some layers have seen."""
         seen = self.get_seq_length()
         for layer in self.layers:
