@@ -8,6 +8,8 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -57,6 +59,16 @@ KINDS = {
             layer_types=["sliding_attention", "full_attention", "full_attention"],
         )
     ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **GROUPED,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        )
+    ),
 }
 
 
@@ -66,6 +78,8 @@ def decoder(kind: str = "llama") -> torch.nn.Module:
     for name, values in model.named_parameters():
         if values.dim() > 1 and "embed" not in name:
             torch.nn.init.normal_(values, std=0.25)
+        elif name.endswith("sinks"):
+            torch.nn.init.normal_(values)
     return model
 
 

@@ -34,7 +34,10 @@ def whole(call):
         scores = scores.masked_fill(distance >= call.window, float("-inf"))
     if call.key_bias is not None:
         scores = scores + call.key_bias
-    return scores.softmax(-1)
+    if call.sinks is None:
+        return scores.softmax(-1)
+    sinks = call.sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sinks], 3).softmax(-1)[..., :-1]
 
 
 def random_mask(*shape):
@@ -43,6 +46,7 @@ def random_mask(*shape):
     return mask
 
 
+SINKS = torch.tensor([-3.0, 0.0, 0.5, 2.0, 5.0, 90.0])
 CALLS = {
     "plain": {"mask": None},
     "causal": {"mask": None, "causal": True},
@@ -54,6 +58,9 @@ CALLS = {
     "mask by head": {"mask": torch.randn(1, 6, 41, 41, generator=torch.Generator().manual_seed(2))},
     "grouped queries": {"mask": random_mask(3, 6, 41, 41), "key_heads": 2},
     "half": {"mask": None, "dtype": torch.bfloat16},
+    "sinks": {"mask": None, "causal": True, "sinks": SINKS},
+    "sinks of grouped queries": {"mask": random_mask(3, 6, 41, 41), "key_heads": 2, "softcap": 2.0, "sinks": SINKS},
+    "sinks in half": {"mask": None, "dtype": torch.bfloat16, "sinks": SINKS.bfloat16()},
 }
 
 
@@ -155,11 +162,15 @@ def test_keys_that_no_query_of_a_block_sees_are_not_read(name, monkeypatch):
     assert read[::6] == expected
 
 
-def test_columns_with_noise_at_a_temperature():
-    call = made(scaling=0.3, mask=random_mask(3, 1, 41, 41), softcap=2.0)
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+def test_columns_with_noise_at_a_temperature(sinks):
+    call = made(scaling=0.3, mask=random_mask(3, 1, 41, 41), softcap=2.0, sinks=sinks)
     noise = torch.randn(3, 6, 41, 41, generator=torch.Generator().manual_seed(3))
     scores = 2.0 * torch.tanh(call.query.double() @ call.key.double().transpose(2, 3) * 0.3 / 2.0) + noise
-    expected = (scores.masked_fill(~call.mask, float("-inf")) / 1.7).softmax(3).mean(2).float()
+    scores = scores.masked_fill(~call.mask, float("-inf"))
+    if sinks is not None:  # as warm as the others, and without noise
+        scores = torch.cat([scores, sinks.double().view(1, 6, 1, 1).expand(3, 6, 41, 1)], 3)
+    expected = (scores / 1.7).softmax(3).mean(2).float()[..., :41]
     divisors = (-noise).exp()
     found = call.columns(
         None, 1.7, lambda positions, sequences, heads, end: divisors[sequences, heads, positions, :end]
@@ -169,8 +180,9 @@ def test_columns_with_noise_at_a_temperature():
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_attention_of_one_query_is_computed_once(dtype, softcap):
-    call = made(queries=1, scaling=0.3, mask=random_mask(3, 1, 1, 41), softcap=softcap, key_heads=2)
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+def test_the_attention_of_one_query_is_computed_once(dtype, softcap, sinks):
+    call = made(queries=1, scaling=0.3, mask=random_mask(3, 1, 1, 41), softcap=softcap, key_heads=2, sinks=sinks)
     call.query, call.key, call.value = (values.to(dtype) for values in (call.query, call.key, call.value))
     read = call.columns()
     divisors = torch.rand(3, 6, 1, 41, generator=torch.Generator().manual_seed(3)) + 0.1
@@ -185,3 +197,30 @@ def test_the_attention_of_one_query_is_computed_once(dtype, softcap):
     torch.testing.assert_close(call.columns(), read, atol=1e-6, rtol=0)
     torch.testing.assert_close(call.columns(torch.tensor([[True], [False], [True]]), 1.7, noise), noisy)
     assert not noisy[1].any()
+
+
+@pytest.mark.parametrize("name", ["causal", "grouped queries", "sinks", "sinks of grouped queries"])
+def test_the_whole_map_and_the_rank_along_it(name):
+    call = made(scaling=0.3, **CALLS[name])
+    expected = whole(call)
+    torch.testing.assert_close(call.whole_map(), expected.float(), atol=2e-6, rtol=0)
+    rank = torch.full((3, 6, 1, 41), 1 / 41, dtype=torch.float64) @ expected @ expected
+    torch.testing.assert_close(call.rank(2), rank.squeeze(2).float(), atol=2e-6, rtol=0)
+    assert bool((rank.sum(3) < 0.99).any()) == (call.sinks is not None)
+
+
+def test_a_row_that_sees_nothing_but_its_sink_looks_at_nothing():
+    hidden = torch.zeros(3, 1, 41, 41, dtype=torch.bool)
+    call = made(scaling=0.3, mask=hidden, sinks=SINKS)
+    assert not call.rows(torch.tensor([0, 5])).any()
+    assert not call.columns().any()
+
+
+def test_sinks_are_read_with_their_gradient():
+    sinks = SINKS[:5].repeat(2)[:6].requires_grad_()
+    call = made(scaling=0.3, mask=None, causal=True, sinks=sinks)
+    with attention.with_gradient():
+        found = torch.autograd.grad(call.columns()[..., 3].sum(), sinks)[0]
+    expected = torch.autograd.grad(whole(call).mean(2)[..., 3].sum(), sinks)[0]
+    torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-5)
+    assert not call.columns().requires_grad

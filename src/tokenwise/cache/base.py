@@ -49,6 +49,7 @@ class StoredTokens:
             ``repeats`` while the prompt is repeated, where the method reads it: the column of the token that each query
             repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
         rotary: how the model turns queries and keys, where the method reads it.
+        sinks: a further score of each query head, as of `AttentionCall`, [query heads], or None.
         earlier: what the layers before noted for this one while the same tokens were scored, by name, each
             [batch, seen]. ``kept`` where the method reads ``earlier``: what the layer before stores. Empty in the
             first layer, and where nothing had to go yet.
@@ -69,19 +70,27 @@ class StoredTokens:
     tracks: dict[str, Tensor]
     notes: dict[str, Tensor]
     rotary: Rotary | None = None
+    sinks: Tensor | None = None
     earlier: dict[str, Tensor] = field(default_factory=dict)
 
     def over_queries(self, values: Tensor) -> Tensor:
         """[batch, query heads, ...] as the heads that share a key beside each other: [batch, key heads, group, ...]."""
         return values.unflatten(1, (self.keys.shape[1], -1))
 
+    def grouped_sinks(self) -> Tensor | None:
+        """The sinks for scores of [batch, key heads, group, queries, stored]: [key heads, group, 1, 1]; or None."""
+        return None if self.sinks is None else self.sinks.view(self.keys.shape[1], -1, 1, 1)
+
     def window_rows(self) -> Tensor:
         """The attention of the last queries over all that is stored.
 
         Returns:
-            [batch, key heads, group, window, stored], fp32; each row sums to 1, or is 0 where the query is padding.
+            [batch, key heads, group, window, stored], fp32; each row sums to 1, with sinks to less, or is 0 where the
+            query is padding.
         """
         import torch
+
+        from tokenwise.signals.attention import attention_softmax
 
         queries = self.over_queries(self.notes["queries"]).float()
         # Heads that share keys are multiplied with them at once: one by one each would be given a copy.
@@ -96,7 +105,7 @@ class StoredTokens:
             seen = seen & self.real.unsqueeze(2)
         # In place: new memory of this size takes longer than the work.
         scores.masked_fill_(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
-        rows = torch.softmax(scores, -1, out=scores)
+        rows = attention_softmax(scores, self.grouped_sinks(), in_place=True)
         return rows.mul_((places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1))
 
     def received(self, call: AttentionCall, temperature: float = 1.0, divisors: Divisors | None = None) -> Tensor:

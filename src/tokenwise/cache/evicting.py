@@ -65,7 +65,7 @@ class EvictingCache(ListeningCache):
             index for index, layer in enumerate(self.layers) if type(layer) is SelectiveLayer and index in attentions
         ]
         self._attentions: dict[int, Any] = {index: attentions[index] for index in self._places}
-        self._calls: dict[int, tuple[float, float | None, int]] = {}
+        self._calls: dict[int, tuple[float, float | None, int, Tensor | None]] = {}
         self._pending: dict[int, Tensor] = {}
         self._evicted_at: dict[int, int] = {}
         self._observed_at: dict[int, int] = {}
@@ -327,7 +327,8 @@ class EvictingCache(ListeningCache):
             if again:
                 self._attended_again(index, layer, call, whole)
             else:
-                self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
+                sinks = None if call.sinks is None else call.sinks.detach()
+                self._calls[index] = (call.scaling, call.softcap, call.query.shape[1], sinks)
                 alone = call.answer is None and call.key_bias is None and not torch.is_grad_enabled()
                 if alone and not reading and method.reads & {"received", "last"}:
                     call.compute()
@@ -489,7 +490,7 @@ class EvictingCache(ListeningCache):
             layer.set_tracks(even.tracks)
 
     def _tokens(self, index: int, layer: SelectiveLayer) -> StoredTokens:
-        scaling, softcap, heads = self._calls[index]
+        scaling, softcap, heads, sinks = self._calls[index]
         layer = layer.padded() if isinstance(layer, RaggedLayer) else layer
         assert layer.keys is not None
         assert layer.values is not None
@@ -516,6 +517,7 @@ class EvictingCache(ListeningCache):
             layer.tracks,
             layer.notes,
             rotary=self._rotary,
+            sinks=sinks,
             earlier=self._earlier,
         )
 

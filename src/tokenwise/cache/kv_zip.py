@@ -80,6 +80,8 @@ class KVzip(CachePolicy):
     def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
         import torch
 
+        from tokenwise.signals.attention import attention_softmax
+
         repeats = tokens.notes.get("repeats")
         if repeats is None:
             return
@@ -106,7 +108,8 @@ class KVzip(CachePolicy):
             rows = torch.arange(start, start + queries.shape[3], device=columns.device)
             later = (own - own[0] > rows.unsqueeze(1)) | ~real
             mask = torch.cat([hidden.expand(-1, -1, -1, len(rows), -1), later.expand(-1, heads, -1, -1, -1)], 4)
-            attention = scores.masked_fill_(mask, torch.finfo(scores.dtype).min).softmax(4)[..., : len(columns)]
+            scores = scores.masked_fill_(mask, torch.finfo(scores.dtype).min)
+            attention = attention_softmax(scores, tokens.grouped_sinks())[..., : len(columns)]
             best = best.maximum((attention * real[..., start : start + _BLOCK].mT).amax((2, 3)))
         found = tokens.tracks.get("repeated")
         found = torch.zeros(batch, heads, places, device=columns.device) if found is None else found.clone()

@@ -153,6 +153,7 @@ class SelectingCache(ListeningCache):
             call.module,
             {},
             layer.notes,
+            sinks=call.sinks,
         )
 
 

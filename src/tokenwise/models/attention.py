@@ -131,5 +131,5 @@ def _fill(
             return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
 
         mass[index, rows] = attention_mass(
-            query[index][:, rows], key[index], counted[index], bias, call.scaling, call.softcap
+            query[index][:, rows], key[index], counted[index], bias, call.scaling, call.softcap, call.sinks
         ).to(mass.dtype)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from tokenwise.models.selective_kv import SelectiveLayer, needs_gradient, spare_places
 from tokenwise.models.tap import AttentionCall
+from tokenwise.signals.attention import attention_softmax
 
 
 class RaggedLayer(SelectiveLayer):
@@ -118,8 +119,15 @@ class RaggedLayer(SelectiveLayer):
             start += room
             some = slice(head * group, (head + 1) * group)
             bias = self._bias(call, whole, row, self.flat_positions[mine], tokens)
+            sinks = None if call.sinks is None else call.sinks[some]
             output[row, :, some] = _attention(
-                call.query[row, some], self.flat_keys[mine], self.flat_values[mine], bias, call.scaling, call.softcap
+                call.query[row, some],
+                self.flat_keys[mine],
+                self.flat_values[mine],
+                bias,
+                call.scaling,
+                call.softcap,
+                sinks,
             ).transpose(0, 1)
         return output
 
@@ -212,7 +220,13 @@ class RaggedLayer(SelectiveLayer):
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The attention of a group of heads that share keys: [group, queries, value_dim].
 
@@ -220,8 +234,9 @@ def _attention(
         query: [group, queries, head_dim].
         key, value: [keys, head_dim] and [keys, value_dim].
         bias: [queries, keys], or None.
+        sinks: [group], or None.
     """
-    if softcap is None and query.shape[1] > 1:
+    if softcap is None and sinks is None and query.shape[1] > 1:
         mask = None if bias is None else bias.to(query.dtype).unsqueeze(0).unsqueeze(0)
         keys, values = (part.expand(1, query.shape[0], -1, -1) for part in (key, value))
         return functional.scaled_dot_product_attention(query.unsqueeze(0), keys, values, mask, scale=scaling)[0]
@@ -230,5 +245,5 @@ def _attention(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    rows = scores.softmax(-1).to(value.dtype)
+    rows = attention_softmax(scores, None if sinks is None else sinks.view(-1, 1, 1)).to(value.dtype)
     return (rows.flatten(0, 1) @ value).unflatten(0, query.shape[:2])

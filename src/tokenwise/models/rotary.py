@@ -112,15 +112,25 @@ def find_rotary(
     typed = f"{getattr(attention, 'layer_type', None)}_inv_freq"
     name = typed if any(isinstance(getattr(module, typed, None), Tensor) for module in model.modules()) else "inv_freq"
     modules: list[Any] = [module for module in model.modules() if isinstance(getattr(module, name, None), Tensor)]
-    rotate = vars(sys.modules[type(attention).__module__]).get("rotate_half")
-    if len(modules) != 1 or rotate is None:
+    turned = _quarter_turn(attention)
+    if len(modules) != 1 or turned is None:
         raise refuse(f"{type(model).__name__} has {len(modules)} rotary embeddings of a known kind, not one")
     kind = getattr(modules[0], "rope_type", "default")
     if isinstance(kind, dict):
         kind = kind[getattr(attention, "layer_type", None)]
     if kind in ("dynamic", "longrope"):
         raise refuse(f"the rotary embedding {kind!r} changes with the length")
-    turned = rotate(torch.arange(4.0)).tolist()
     if turned not in ([-2.0, -3.0, 0.0, 1.0], [-1.0, 0.0, -3.0, 2.0]):
         raise refuse(f"{type(attention).__name__} turns its channels in a way that is not known")
     return Rotary(getattr(modules[0], name).detach().float().clone(), turned[0] == -1.0)
+
+
+def _quarter_turn(attention: nn.Module) -> list[float] | None:
+    """What the model's own code makes of the channels 0, 1, 2, 3 where it turns each pair by a quarter; None where it
+    has no function of a known name for it."""
+    names, channels = vars(sys.modules[type(attention).__module__]), torch.arange(4.0)
+    if "rotate_half" in names:
+        return list(names["rotate_half"](channels).tolist())
+    if "_apply_rotary_emb" in names:  # gpt-oss, which has one cosine and sine for each pair
+        return list(names["_apply_rotary_emb"](channels, torch.zeros(2), torch.ones(2)).tolist())
+    return None

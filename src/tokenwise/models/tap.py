@@ -30,12 +30,13 @@ from tokenwise.signals.attention import (
     attention_rank,
     attention_rows,
     attention_scores,
+    attention_softmax,
     received_of,
 )
 from tokenwise.signals.attention_diversity import attention_map
 
-# What some models add to the softmax and the reading does not know: sinks, relative positions.
-_UNKNOWN_TERMS = ("s_aux", "position_bias")
+# What some models add to the scores and the reading does not know: relative positions.
+_UNKNOWN_TERMS = ("position_bias",)
 
 
 @dataclass
@@ -53,6 +54,8 @@ class AttentionCall:
         causal: whether a query sees no later key although `mask` is None.
         softcap: bound of the scores, or None.
         window: how many positions back a query sees although `mask` is None, or None.
+        sinks: a further score of each head, [heads], that takes its share of every row of the softmax and of which
+            nothing is read, as gpt-oss has it; neither scaled nor bounded. None where there is none.
         key_bias: set by listeners: added to the scores of each key, [batch, 1, 1, keys].
         answer: set by a listener: what the attention gives, [batch, queries, heads, value_dim]; nothing else is
             computed then.
@@ -74,6 +77,7 @@ class AttentionCall:
     causal: bool = False
     softcap: float | None = None
     window: int | None = None
+    sinks: Tensor | None = None
     key_bias: Tensor | None = None
     answer: Tensor | None = None
     padding: Tensor | None = None
@@ -93,9 +97,9 @@ class AttentionCall:
             positions: of the queries, [rows] or [batch, rows], int64.
 
         Returns:
-            [batch, heads, rows, keys], fp32, each row summing to 1.
+            [batch, heads, rows, keys], fp32. Each row sums to 1, with sinks to less.
         """
-        return attention_rows(self.query, self.key, positions, self._bias, self.scaling, self.softcap)
+        return attention_rows(self.query, self.key, positions, self._bias, self.scaling, self.softcap, self.sinks)
 
     def columns(
         self, valid: Tensor | None = None, temperature: float = 1.0, divisors: Divisors | None = None
@@ -104,32 +108,40 @@ class AttentionCall:
 
         Args:
             valid: queries to take the mean over, [batch, queries], bool; all unless given.
-            temperature: what the scores are divided by.
+            temperature: what the scores, and the sinks, are divided by.
             divisors: what the exponentials of the scores, as they are at temperature 1, are divided by; asked for a
-                block at a time.
+                block at a time. Those of the sinks stay as they are.
 
         Returns:
-            [batch, heads, keys], fp32, summing to 1 over the keys.
+            [batch, heads, keys], fp32, summing to 1 over the keys, with sinks to less.
         """
         if self.scores is not None:
-            return received_of(self.scores, valid, temperature, divisors)
-        softcap = None if self.softcap is None else self.softcap / temperature
+            return received_of(self.scores, valid, temperature, divisors, self.sinks)
         return attention_columns(
-            self.query, self.key, self._shown, self.scaling / temperature, softcap, valid, divisors, 1 / temperature
+            self.query,
+            self.key,
+            self._shown,
+            self.scaling / temperature,
+            None if self.softcap is None else self.softcap / temperature,
+            valid,
+            divisors,
+            1 / temperature,
+            None if self.sinks is None else self.sinks / temperature,
         )
 
     def compute(self) -> None:
         """Answer a call of one query here: its scores are computed once, for the model and for who reads it."""
         bias = self._bias(torch.zeros(1, 1, dtype=torch.long, device=self.query.device))
         self.scores = attention_scores(self.query, self.key, bias, self.scaling, self.softcap)
-        self.weights = self.scores.softmax(3).to(self.value.dtype)
+        sinks = None if self.sinks is None else self.sinks.view(-1, 1, 1)
+        self.weights = attention_softmax(self.scores, sinks).to(self.value.dtype)
         grouped = self.weights.unflatten(1, (self.value.shape[1], -1)).squeeze(3)
         self.answer = (grouped @ self.value).flatten(1, 2).unsqueeze(1)
 
     def whole_map(self) -> Tensor:
         """All of the attention, with its gradient: [batch, heads, queries, keys], fp32. For training small models."""
         everywhere = torch.arange(self.query.shape[2], device=self.query.device).expand(self.query.shape[0], -1)
-        return attention_map(self.query, self.key, self._bias(everywhere), self.scaling, self.softcap)
+        return attention_map(self.query, self.key, self._bias(everywhere), self.scaling, self.softcap, self.sinks)
 
     def rank(self, steps: int, valid: Tensor | None = None) -> Tensor:
         """How important each token is when importance flows along the attention, as `attention_rank` has it.
@@ -139,9 +151,9 @@ class AttentionCall:
             valid: queries it starts from, [batch, queries], bool; all unless given.
 
         Returns:
-            [batch, heads, keys], fp32, summing to 1 over the keys.
+            [batch, heads, keys], fp32, summing to 1 over the keys, with sinks to less.
         """
-        return attention_rank(self.query, self.key, self._bias, self.scaling, steps, self.softcap, valid)
+        return attention_rank(self.query, self.key, self._bias, self.scaling, steps, self.softcap, valid, self.sinks)
 
     def _bias(self, positions: Tensor) -> Tensor | None:
         """What is added to the scores of the queries at `positions` ([batch or 1, rows]), or None."""
@@ -338,6 +350,7 @@ def _listen_to_interface(module: Any, listening: _Listening) -> Callable[[], Non
             causal=bool(causal) and prepared is None and query.shape[2] > 1,
             softcap=options.get("softcap"),
             window=options.get("sliding_window") if prepared is None else None,
+            sinks=options.get("s_aux"),
             padding=attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None,
         )
         borders = options.get("cu_seq_lens_q")

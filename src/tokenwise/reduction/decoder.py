@@ -468,6 +468,7 @@ class DecoderReduction(Handle):
                     call.scaling,
                     causal=prompt.mask is None,
                     softcap=call.softcap,
+                    sinks=call.sinks,
                 )
             with torch.no_grad():
                 self.method.see_attention(self._seen(prompt, index), call)

@@ -491,7 +491,14 @@ def _compact_call(call: AttentionCall, tokens: Pass, method: EncoderReducer) -> 
 
     mask = None if call.mask is None else _take_keys(call.mask, tokens.positions)
     compact = AttentionCall(
-        call.module, taken(call.query), taken(call.key), taken(call.value), mask, call.scaling, softcap=call.softcap
+        call.module,
+        taken(call.query),
+        taken(call.key),
+        taken(call.value),
+        mask,
+        call.scaling,
+        softcap=call.softcap,
+        sinks=call.sinks,
     )
     bias = tokens.key_bias(method) if tokens.reduced else None
     if bias is not None:

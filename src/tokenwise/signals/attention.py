@@ -40,6 +40,24 @@ def _detached_unless_asked(function: Callable[_Given, Tensor]) -> Callable[_Give
     return made
 
 
+def attention_softmax(scores: Tensor, sinks: Tensor | None = None, in_place: bool = False) -> Tensor:
+    """The softmax over the last dimension, with the sinks as one more column that is not given back.
+
+    Args:
+        scores: [..., queries, keys].
+        sinks: the score of that column, which broadcasts to [..., queries, 1]; None where there is none.
+        in_place: write into `scores` rather than into new memory.
+
+    Returns:
+        As `scores`; each row sums to 1, or to less by what its sink takes.
+    """
+    if sinks is None:
+        return torch.softmax(scores, -1, out=scores) if in_place else torch.softmax(scores, -1)
+    # The sum that a column more would give, without a copy of all others beside it.
+    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.to(scores.dtype))
+    return scores.sub_(total).exp_() if in_place else (scores - total).exp()
+
+
 @torch.no_grad()
 def attention_mass(
     query: Tensor,
@@ -48,6 +66,7 @@ def attention_mass(
     bias: Callable[[slice], Tensor],
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The share of each query's attention that falls on the counted keys, as a mean over heads.
 
@@ -61,6 +80,7 @@ def attention_mass(
             front; 0 where the query sees the key and -inf (or the smallest number) where it does not.
         scaling: factor on the scores.
         softcap: bound of the scores as in Gemma 2, or None.
+        sinks: as for `attention_rows`.
 
     Returns:
         [queries], in [0, 1], fp32 (fp64 for fp64 inputs).
@@ -79,7 +99,8 @@ def attention_mass(
             scores = (grouped @ keys.transpose(2, 3)).flatten(0, 1) * scaling
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            mass[rows] = (torch.softmax(scores + bias(rows), dim=-1) @ summed).mean(0)
+            sunk = None if sinks is None else sinks.view(-1, 1, 1)
+            mass[rows] = (attention_softmax(scores + bias(rows), sunk) @ summed).mean(0)
     return mass
 
 
@@ -90,7 +111,13 @@ throughout: 4 dimensions that broadcast to [batch, heads, rows, keys], or None."
 
 @_detached_unless_asked
 def attention_rows(
-    query: Tensor, key: Tensor, positions: Tensor, bias: Bias, scaling: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    bias: Bias,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The softmax rows of some queries.
 
@@ -101,9 +128,11 @@ def attention_rows(
         bias: what is added to the scores.
         scaling: factor on the scores.
         softcap: bound of the scores as in Gemma 2, or None.
+        sinks: a further score of each head, [heads], which takes its share of every row as gpt-oss has it, or None;
+            neither scaled nor bounded.
 
     Returns:
-        [batch, heads, rows, keys], each row summing to 1, fp32 (fp64 for fp64 inputs).
+        [batch, heads, rows, keys], fp32 (fp64 for fp64 inputs). Each row sums to 1, with sinks to less.
     """
     batch, heads, _, width = query.shape
     positions = positions.unsqueeze(0) if positions.dim() == 1 else positions
@@ -111,7 +140,7 @@ def attention_rows(
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         queries = (query.gather(2, index).to(dtype) * scaling).contiguous()
-        return _softmax_of(queries, key.to(dtype).contiguous(), bias(positions), softcap)
+        return _softmax_of(queries, key.to(dtype).contiguous(), bias(positions), softcap, 0, sinks)
 
 
 @dataclass(frozen=True)
@@ -146,6 +175,7 @@ def attention_columns(
     valid: Tensor | None = None,
     divisors: Divisors | None = None,
     power: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The attention that each key receives, as a mean over the queries; made block by block, never a whole map.
 
@@ -155,9 +185,10 @@ def attention_columns(
         valid: queries to take the mean over, [batch, queries], bool; all unless given.
         divisors: what the exponentials of the scores are divided by before each row is made to sum to 1.
         power: what they are raised to.
+        sinks: as for `attention_rows`; a sink is one more column of each row, which no divisor is asked for.
 
     Returns:
-        [batch, heads, keys], summing to 1 over the keys, fp32 (fp64 for fp64 inputs).
+        [batch, heads, keys], fp32 (fp64 for fp64 inputs), summing to 1 over the keys, with sinks to less.
     """
     batch, heads, queries, _ = query.shape
     keys, shared = key.shape[2], heads // key.shape[1]
@@ -182,11 +213,13 @@ def attention_columns(
                     outer = slice(group * shared, (group + groups) * shared)
                     bias = None if seen.bias is None else _part(seen.bias, batches, outer)
                     near = key[batches, inner, : seen.end]
-                    found = _softmax_of(query[batches, outer, some], near, bias, softcap, seen.first)
+                    sunk = None if sinks is None else sinks[outer]
+                    found = _softmax_of(query[batches, outer, some], near, bias, softcap, seen.first, sunk)
                     weight = counted[batches, None, some].expand(found.shape[:3])
                     if divisors is not None:
+                        taken = None if sinks is None else (1 - found.sum(3)).clamp_min(0)
                         _divide(found, divisors, power, positions, batches, outer)
-                        weight = weight / found.sum(3)
+                        weight = weight / (found.sum(3) if taken is None else found.sum(3) + taken)
                     total[batches, outer, : seen.end] += (weight.unsqueeze(2) @ found).squeeze(2)
     count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
     return total / count
@@ -212,21 +245,26 @@ def attention_scores(
 
 @torch.no_grad()
 def received_of(
-    scores: Tensor, valid: Tensor | None = None, temperature: float = 1.0, divisors: Divisors | None = None
+    scores: Tensor,
+    valid: Tensor | None = None,
+    temperature: float = 1.0,
+    divisors: Divisors | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attention_columns` of one query, from its scores.
 
     Args:
         scores: [batch, heads, 1, keys].
         valid: rows whose query counts, [batch, 1], bool; all unless given.
-        temperature: what the scores are divided by.
-        divisors: as for `attention_columns`.
+        temperature: what the scores, and the sinks, are divided by.
+        divisors, sinks: as for `attention_columns`.
     """
     if divisors is not None:
         only = torch.zeros(1, dtype=torch.long, device=scores.device)
         noise = divisors(only, slice(0, scores.shape[0]), slice(0, scores.shape[1]), scores.shape[3])
         scores = scores - noise.log_()
-    found = torch.softmax(scores if temperature == 1 else scores / temperature, -1)[:, :, 0]
+    sunk = None if sinks is None else sinks.view(-1, 1, 1) / temperature
+    found = attention_softmax(scores if temperature == 1 else scores / temperature, sunk)[:, :, 0]
     return found if valid is None else found * valid.unsqueeze(1)
 
 
@@ -248,18 +286,20 @@ def attention_rank(
     steps: int,
     softcap: float | None = None,
     valid: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The importance of each token when all begin alike and each step hands it on to what a token attends to.
 
     One step is `attention_columns`. The map is made block by block in every step, and once where it is one block.
 
     Args:
-        query, key, bias, scaling, softcap: as for `attention_rows`; there are as many queries as keys.
+        query, key, bias, scaling, softcap, sinks: as for `attention_rows`; there are as many queries as keys.
         steps: how often importance is handed on, at least 1.
         valid: tokens that have importance at the beginning, [batch, queries], bool; all unless given.
 
     Returns:
-        [batch, heads, keys], summing to 1 over the keys, fp32 (fp64 for fp64 inputs).
+        [batch, heads, keys], fp32 (fp64 for fp64 inputs), summing to 1 over the keys; with sinks to less after each
+        step, as they hand nothing on.
     """
     batch, heads, queries, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -270,7 +310,7 @@ def attention_rank(
 
     def block(rows: slice) -> Tensor:
         positions = torch.arange(rows.start, rows.stop, device=query.device).expand(batch, -1)
-        return _softmax_of(query[:, :, rows], key, bias(positions), softcap)
+        return _softmax_of(query[:, :, rows], key, bias(positions), softcap, 0, sinks)
 
     blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
     with torch.autocast(query.device.type, enabled=False):
@@ -294,11 +334,13 @@ def _multiplied(key: Tensor) -> Tensor:
     return key if apart else key.contiguous()
 
 
-def _softmax_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None, first: int = 0) -> Tensor:
+def _softmax_of(
+    query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None, first: int, sinks: Tensor | None
+) -> Tensor:
     """Softmax over the keys of scaled queries, the bias added to the keys from the first on; of the queries' type."""
     scores = _scores_of(query, key, bias, softcap, first)
     # In place, where it may be: new memory of this size takes longer than the work.
-    return torch.softmax(scores, dim=-1) if torch.is_grad_enabled() else torch.softmax(scores, dim=-1, out=scores)
+    return attention_softmax(scores, None if sinks is None else sinks.view(-1, 1, 1), not torch.is_grad_enabled())
 
 
 def _scores_of(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None, first: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenwise.signals.attention import attention_softmax
+
 
 def attention_similarity(attention: Tensor, threshold: float = 2.0) -> Tensor:
     """The mean cosine between each query's attention and the mean over all queries; low where queries differ.
@@ -27,7 +29,12 @@ def attention_similarity(attention: Tensor, threshold: float = 2.0) -> Tensor:
 
 
 def attention_map(
-    query: Tensor, key: Tensor, bias: Tensor | None, scaling: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """All of the attention, with its gradient.
 
@@ -37,13 +44,15 @@ def attention_map(
         bias: what is added to the scores, or None.
         scaling: factor on the scores.
         softcap: bound of the scores, or None.
+        sinks: a further score of each head that takes its share of every row, [heads], or None.
 
     Returns:
-        [batch, heads, queries, keys], fp32 (fp64 for fp64).
+        [batch, heads, queries, keys], fp32 (fp64 for fp64). Each row sums to 1, with sinks to less.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     keys = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = query.to(dtype) @ keys.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return torch.softmax(scores if bias is None else scores + bias, dim=3)
+    scores = scores if bias is None else scores + bias
+    return attention_softmax(scores, None if sinks is None else sinks.view(-1, 1, 1))
