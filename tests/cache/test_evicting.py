@@ -401,3 +401,26 @@ def test_attention_can_be_asked_for_while_generated_tokens_are_scored():
             assert layer.shape[3] < whole.shape[3]
             found, expected = layer.sort(3).values, whole.sort(3).values[..., -layer.shape[3] :]
             assert float((found - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_bytes_too_few_for_the_rows_are_refused_before_the_pass(kind):
+    model = decoder(kind)
+    width, window = (8, 0) if kind == "llama" else (16, 7)
+    token, layers = 2 * 2 * width * 4, 3 if kind == "llama" else 2
+    # Two rows of four tokens each, which stay, beside the window of both.
+    limit = 2 * token * (window + layers * 4)
+    entered = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *args: entered.append(1))
+    method = tw.KNorm(keep=f"{limit} bytes", sink=2, recent=2)
+    with tw.evict(model, method) as cache, pytest.raises(InputError, match=r"hold \d tokens of this batch, and 4 must"):
+        model(prompt(30, rows=3), past_key_values=cache)
+    assert not entered
+    assert cache.get_seq_length() == 0
+    with tw.evict(model, method) as cache:
+        model(prompt(30, rows=2), past_key_values=cache)
+        assert cache.nbytes() == limit
+    with tw.evict(model, method.replace(keep=f"{limit - 1} bytes")) as cache, pytest.raises(InputError, match="hold 3"):
+        model(prompt(30, rows=2), past_key_values=cache)
+    hook.remove()
+    assert len(entered) == 1

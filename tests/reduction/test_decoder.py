@@ -9,6 +9,7 @@ from small_models import llama, llava, pictures, spread, vision
 from small_vision_language import vision_language
 from tokenwise.errors import InputError
 from tokenwise.models.selective_kv import SelectiveLayer
+from tokenwise.models.tap import AttentionCall
 
 IMAGE = 98
 
@@ -327,6 +328,42 @@ def test_other_decoders(kind):
     with tw.reduce(model, METHODS["pyramid_drop"](), masked=True):
         assert torch.allclose(model(**inputs).logits[left], fast[left], atol=1e-5)
     assert not torch.allclose(dense[left], fast[left], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["pyramid_drop", "fast_v", "sp_atten_decoder"])
+@torch.no_grad()
+def test_a_decoder_with_attention_sinks(name, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options = {"vocab_size": 100, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+
+    def made(layer_types):
+        config = transformers.GptOssConfig(
+            **sizes, **options, num_hidden_layers=len(layer_types), layer_types=layer_types, eos_token_id=None
+        )
+        return spread(transformers.GptOssForCausalLM(config))
+
+    with pytest.raises(InputError, match="layers of sliding_attention"):
+        tw.reduce(made(["sliding_attention", "full_attention"]), tw.FastV())
+    model, inputs = made(["full_attention"] * 4), text("left")
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    heard = []
+    for read in ("rows", "columns"):
+        plain = getattr(AttentionCall, read)
+        monkeypatch.setattr(
+            AttentionCall, read, lambda self, *args, plain=plain: heard.append(self.sinks) or plain(self, *args)
+        )
+    method = {"sp_atten_decoder": tw.SpAttenDecoder(keep=0.6), **{key: make() for key, make in METHODS.items()}}[name]
+    dense = model(**inputs).logits
+    with tw.reduce(model, method) as handle:
+        fast = model(**inputs).logits
+        left = shown(handle, 14)
+    with tw.reduce(model, method, masked=True):
+        assert torch.allclose(model(**inputs).logits[left], fast[left], atol=1e-5)
+    assert not torch.allclose(dense[left], fast[left], atol=1e-2)
+    assert heard
+    assert all(sinks is not None for sinks in heard)
 
 
 @torch.no_grad()

@@ -99,6 +99,9 @@ class ListeningCache(Cache, Handle):
     def begin(self) -> None:
         """Before a pass with this cache: forget what only some layers have seen of one that broke off."""
 
+    def admit(self, rows: int, tokens: int) -> None:
+        """Before a pass of so many tokens of so many rows: raise InputError where it is known to be refused later."""
+
     @abstractmethod
     def attended(self, index: int, call: AttentionCall) -> None:
         """Before the attention of a layer to what this cache stores."""
@@ -120,8 +123,8 @@ def _beginner(cache: weakref.ref[ListeningCache]) -> Any:
         found = cache()
         if found is not None and options is not None and any(value is found for value in (*args, *options.values())):
             given = [*args[:1], options.get("input_ids"), options.get("inputs_embeds")]
-            tokens = next((tokens.shape[1] for tokens in given if tokens is not None), None)
-            if tokens == 0:
+            shape = next((tokens.shape[:2] for tokens in given if tokens is not None), None)
+            if shape is not None and shape[1] == 0:
                 raise InputError(
                     Problem(
                         "input_ids",
@@ -136,5 +139,7 @@ def _beginner(cache: weakref.ref[ListeningCache]) -> Any:
                 found.layers = copy.deepcopy(found.layers)
             found._awaited, found._inferring = None, inferring
             found.begin()
+            if shape is not None:
+                found.admit(*shape)
 
     return begin

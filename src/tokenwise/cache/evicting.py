@@ -16,7 +16,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.base import CachePolicy, StoredTokens
 from tokenwise.cache.padding import seen_columns
-from tokenwise.cache.refusals import narrows, problems_of, protection_problems, repeats, rotary_for
+from tokenwise.cache.refusals import (
+    expected_token_nbytes,
+    narrows,
+    problems_of,
+    protection_problems,
+    repeats,
+    rotary_for,
+)
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.cache_memory import layer_nbytes
 from tokenwise.models.decoders import cached_attentions
@@ -304,6 +311,12 @@ class EvictingCache(ListeningCache):
                         layer.reset()
                     elif layer.get_seq_length() > min(seen):
                         layer.crop(min(seen) - layer.get_seq_length())
+
+    def admit(self, rows: int, tokens: int) -> None:
+        keep = self.method.keep
+        if isinstance(keep, str) and keep.endswith("bytes") and not self.get_seq_length():
+            token = rows * expected_token_nbytes(self.model, self._attentions[self._places[0]])
+            self._fitting(int(keep.split()[0]), token, tokens, max(self.method.protects, 1))
 
     def attended(self, index: int, call: AttentionCall) -> None:
         layer = self._selective(index)
@@ -732,14 +745,18 @@ class EvictingCache(ListeningCache):
 
     def _affordable(self, limit: int, layer: SelectiveLayer) -> int:
         """Tokens of each head that fit in so many bytes, beside the layers that see a window."""
-        token, fixed = self._token_nbytes(layer), 0
+        least = max(int(self._protected_counts(layer, layer.seen).max()), self.method.protects, 1)
+        return self._fitting(limit, self._token_nbytes(layer), layer.seen, least)
+
+    def _fitting(self, limit: int, token: int, seen: int, least: int) -> int:
+        """Tokens that fit when `seen` have been read, a token of all rows takes so many bytes in each layer, and so
+        many tokens must stay at least."""
+        fixed = 0
         for index, other in enumerate(self.layers):
             if index not in self._attentions:
                 window = getattr(other, "sliding_window", None)
-                tokens = layer.seen if window is None else min(layer.seen, window - 1)
-                fixed += tokens * token
+                fixed += token * (seen if window is None else min(seen, window - 1))
         count = (limit - fixed) // (token * len(self._places))
-        least = max(int(self._protected_counts(layer, layer.seen).max()), self.method.protects, 1)
         if count < least:
             raise InputError(
                 Problem(

@@ -69,11 +69,7 @@ def problems_of(
     problems += basic_problems(model, method, places, method.protects - method.sink)
     keep = method.keep
     if isinstance(keep, str) and keep.endswith("bytes") and places:
-        config = attentions[places[0]].config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dtype = next(model.parameters()).dtype
-        token = 2 * width * heads * len(places) * dtype.itemsize
+        token = expected_token_nbytes(model, attentions[places[0]]) * len(places)
         if int(keep.split()[0]) < token * max(method.protects, 1):
             problems.append(
                 Problem(
@@ -109,6 +105,17 @@ def problems_of(
             )
         )
     return problems
+
+
+def expected_token_nbytes(model: nn.Module, attention: Any) -> int:
+    """Bytes that the key and the value of a token take in a layer, as the configuration says before any is stored."""
+    config, weight = attention.config, next(model.parameters())
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size, kind = weight.dtype.itemsize, weight.device.type
+    if torch.is_autocast_enabled(kind):
+        size = min(size, torch.get_autocast_dtype(kind).itemsize)
+    return int((width + (getattr(config, "v_head_dim", None) or width)) * heads * size)
 
 
 def protection_problems(protect: Any) -> list[Problem]:
