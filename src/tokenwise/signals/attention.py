@@ -53,9 +53,12 @@ def attention_softmax(scores: Tensor, sinks: Tensor | None = None, in_place: boo
     """
     if sinks is None:
         return torch.softmax(scores, -1, out=scores) if in_place else torch.softmax(scores, -1)
-    # The sum that a column more would give, without a copy of all others beside it.
-    total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.to(scores.dtype))
-    return scores.sub_(total).exp_() if in_place else (scores - total).exp()
+    largest = scores.amax(-1, keepdim=True)
+    found = attention_softmax(scores, None, in_place)
+    # The share of the largest score tells the sum of all exponentials, to which the column would add its own: cheaper
+    # than to make room for the column.
+    left = torch.sigmoid(largest - found.amax(-1, keepdim=True).log() - sinks.to(found.dtype))
+    return found.mul_(left) if in_place else found * left
 
 
 @torch.no_grad()
@@ -217,6 +220,7 @@ def attention_columns(
                     found = _softmax_of(query[batches, outer, some], near, bias, softcap, seen.first, sunk)
                     weight = counted[batches, None, some].expand(found.shape[:3])
                     if divisors is not None:
+                        # What a sink takes is divided by nothing.
                         taken = None if sinks is None else (1 - found.sum(3)).clamp_min(0)
                         _divide(found, divisors, power, positions, batches, outer)
                         weight = weight / (found.sum(3) if taken is None else found.sum(3) + taken)
