@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 import tokenwise as tw
 from tokenwise.models.decoders import cached_attentions
+from tokenwise.models.rotary import find_rotary
 from tokenwise.models.tap import listen
 
 
@@ -131,3 +132,25 @@ def test_a_copy_goes_on_where_the_prompt_ended():
         with copy.deepcopy(cache) as other:
             found = [model(ids[:, 38:], past_key_values=which).logits for which in (cache, other)]
     assert torch.equal(*found)
+
+
+def test_keys_are_turned_as_the_model_turns_them():
+    model, ids = decoder("gpt_oss"), prompt(12)
+    places, keys, queries = torch.arange(12), [], []
+
+    def note(index, call):
+        if index == 0:
+            keys.append(call.key)
+            queries.append(call.query)
+
+    stop = hear(model, note)
+    for ahead in (0, 5):
+        model(ids, position_ids=places[None] + ahead)
+    stop()
+    layer = model.model.layers[0]
+    rotary = find_rotary(model, layer.self_attn)
+    torch.testing.assert_close(rotary.turn(keys[0], torch.full((1, 1, 12), 5)), keys[1], atol=1e-5, rtol=1e-5)
+    hidden = layer.input_layernorm(model.get_input_embeddings()(ids))
+    expected = layer.self_attn.q_proj(hidden).unflatten(2, (4, -1)).transpose(1, 2)
+    scale = model.model.rotary_emb.attention_scaling
+    torch.testing.assert_close(rotary.turn_back(queries[0], places), expected * scale, atol=1e-5, rtol=1e-5)
