@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -66,7 +66,8 @@ class EvictingCache(ListeningCache):
         ]
         self._attentions: dict[int, Any] = {index: attentions[index] for index in self._places}
         self._calls: dict[int, tuple[float, float | None, int]] = {}
-        self._pending: dict[int, Tensor] = {}
+        self._pending: dict[int, tuple[Tensor, list[int]]] = {}
+        self._left_out: dict[int, tuple[Tensor, list[int]]] = {}
         self._evicted_at: dict[int, int] = {}
         self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
@@ -146,8 +147,9 @@ class EvictingCache(ListeningCache):
         return self._held_until is not None and seen < self._held_until
 
     def _evict_from_all(self) -> None:
-        first = self._selective(self._places[0])
-        enough = bool((self._counts(first) >= first.notes["counted"]).all())
+        place = self._places[0]
+        first = self._selective(place)
+        enough = _all_fit(self._counts(place, first), self._counted(place, first))
         # Of a masked cache with a full budget scores are wanted.
         if enough and self.method.dense_at_full and not (self.masked and self.method.keep == 1.0):
             return
@@ -192,7 +194,6 @@ class EvictingCache(ListeningCache):
             if index not in self._attentions:
                 layer.crop(-tokens)
             elif layer.seen:
-                layer.notes["counted"] = layer.notes["counted"] - tokens
                 unrepeated = layer.notes.pop("unrepeated", None)
                 if unrepeated is not None and unrepeated.shape[1] > tokens:
                     layer.notes["unrepeated"] = unrepeated[:, :-tokens]
@@ -294,9 +295,9 @@ class EvictingCache(ListeningCache):
                 if min(seen) == 0:
                     self.layers[index] = SelectiveLayer()
                 elif layer.seen > min(seen):
-                    # Rows count as many tokens in every layer.
+                    # Of each row as much is left out in every layer.
                     behind = self._selective(self._places[seen.index(min(seen))])
-                    layer.notes["counted"] = behind.notes["counted"].to(layer.notes["counted"].device)
+                    layer.notes["left_out"] = behind.notes["left_out"].to(layer.notes["left_out"].device)
                     layer.take_back(min(seen))
             for index, layer in enumerate(self.layers):
                 if index not in self._attentions:
@@ -312,9 +313,7 @@ class EvictingCache(ListeningCache):
         reading = tokens > 1 or layer.seen == tokens or again or self._holds(layer.seen - tokens)
         if reading and not again:
             self._note_padding(layer, call)
-            self._note_given(layer)
-        elif not again:
-            layer.notes["counted"] = layer.notes["counted"] + tokens
+            self._note_given(index, layer)
         call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
             call.answer = layer.attend(call, whole)
@@ -436,15 +435,15 @@ class EvictingCache(ListeningCache):
         batch, device = call.query.shape[0], call.query.device
         last = seen_columns(call)
         if last is None:
-            layer.notes["pads"] = torch.zeros(batch, dtype=torch.long, device=device)
-            layer.notes["counted"] = torch.full((batch,), layer.seen, dtype=torch.long, device=device)
+            for name in ("pads", "left_out"):
+                layer.notes[name] = torch.zeros(batch, dtype=torch.long, device=device)
             return
         layer.notes["pads"] = last.long().argmax(1)
-        layer.notes["counted"] = last.sum(1)
+        layer.notes["left_out"] = layer.seen - last.sum(1)
         if not bool(last.all()):
             layer.notes["shown"] = last
 
-    def _note_given(self, layer: SelectiveLayer) -> None:
+    def _note_given(self, index: int, layer: SelectiveLayer) -> None:
         """Note which tokens of each row the user protects, once, when the first of them have been stored."""
         if self.protect is None or "given" in layer.notes:
             return
@@ -456,19 +455,29 @@ class EvictingCache(ListeningCache):
         # Beams and several answers of a row stand beside each other.
         given = given.repeat_interleave(len(pads) // len(given), 0)
         layer.notes["given"] = given & (torch.arange(given.shape[1], device=pads.device) >= pads.unsqueeze(1))
-        keep, most = self.method.keep, int(self._protected_counts(layer, max(layer.seen, given.shape[1])).max())
+        keep, most = self.method.keep, max(self._protected_counts(index, layer, max(layer.seen, given.shape[1])))
         if isinstance(keep, str) and keep.endswith("tokens") and int(keep.split()[0]) < most:
             message = f"{keep!r} is less than the {most} tokens of a row that stay whatever their score."
             raise InputError(Problem(f"{type(self.method).__name__}.keep", message, "Keep more, or protect less."))
 
-    def _protected_counts(self, layer: SelectiveLayer, seen: int) -> Tensor:
-        """How many of the tokens seen stay whatever their score and the budget, [batch]."""
+    def _counted(self, index: int, layer: SelectiveLayer) -> list[int]:
+        """Of each row how many tokens seen count: padding does not."""
+        left_out = layer.notes["left_out"]
+        known = self._left_out.get(index)
+        if known is None or known[0] is not left_out:
+            # Asked for when it changes, not at each token: on a GPU to ask is to wait.
+            known = self._left_out[index] = left_out, left_out.tolist()
+        return [layer.seen - some for some in known[1]]
+
+    def _protected_counts(self, index: int, layer: SelectiveLayer, seen: int) -> list[int]:
+        """Of each row how many of the tokens seen stay whatever their score and the budget."""
         method, pads, given = self.method, layer.notes["pads"], layer.notes.get("given")
         if given is None:
-            return layer.notes["counted"].clamp_max(method.protects)
+            return [min(count, method.protects) for count in self._counted(index, layer)]
         columns = torch.arange(seen, device=pads.device).expand(len(pads), 1, -1)
-        recent = torch.full_like(pads, max(method.recent, method.window))
-        return protected(columns, pads, seen, method.sink, recent, given).sum((1, 2))
+        recent = [max(method.recent, method.window)] * len(pads)
+        counts: list[int] = protected(columns, pads, seen, method.sink, recent, given).sum((1, 2)).tolist()
+        return counts
 
     def _observe(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         method = self.method
@@ -488,7 +497,7 @@ class EvictingCache(ListeningCache):
         if isinstance(layer, RaggedLayer):
             layer.set_tracks(even.tracks)
 
-    def _tokens(self, index: int, layer: SelectiveLayer) -> StoredTokens:
+    def _tokens(self, index: int, layer: SelectiveLayer, counts: Sequence[int] = ()) -> StoredTokens:
         scaling, softcap, heads = self._calls[index]
         layer = layer.padded() if isinstance(layer, RaggedLayer) else layer
         assert layer.keys is not None
@@ -517,44 +526,68 @@ class EvictingCache(ListeningCache):
             layer.notes,
             rotary=self._rotary,
             earlier=self._earlier,
+            counts=counts,
         )
 
     def _evict(self, index: int) -> None:
         """Evict from one layer, or from all once the last has been scored, where they share a budget."""
         layer = self._selective(index)
         self._evicted_at[index] = layer.seen
-        counts = self._counts(layer)
+        counts = self._counts(index, layer)
         if index == self._places[0]:
             self._earlier = {}
-        if self.method.dense_at_full and not self.masked and bool((counts >= layer.notes["counted"]).all()):
+        if self.method.dense_at_full and not self.masked and _all_fit(counts, self._counted(index, layer)):
             return
         if self.method.allocate == "pyramid":
-            counts = self._pyramid(counts, layer, self._places.index(index))
+            counts = self._pyramid(counts, index, layer)
         if self._stores_no_more(layer, counts):
             return
-        layer.notes["counts"] = counts
-        if not layer.rising and bool((counts != layer.stored - 1).any()):
+        one = self._has_one_too_many(layer, counts)
+        if not layer.rising and not one:
             # Of equal scores the first stay.
             layer.sort()
-        self._pending[index] = self._scores(index, layer)
-        if self._narrows and "channels" not in layer.notes:
-            self._narrow(index, layer)
-        if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
-            scores, self._pending = self._pending, {}
-            self._keep_best(scores)
+        scores = self._scores(index, layer, counts)
+        if not (one and self._drops_one(layer, scores)):
+            self._choose(index, layer, scores, counts)
         if "earlier" in self.method.reads:
             self._earlier["kept"] = self.kept(index).any(1)
         if index == self._places[-1]:
             self._earlier = {}
 
-    def _stores_no_more(self, layer: SelectiveLayer, counts: Tensor) -> bool:
+    def _choose(self, index: int, layer: SelectiveLayer, scores: Tensor, counts: list[int]) -> None:
+        """Let a layer keep what the budget allows, or all layers once the last has been scored."""
+        if bool(scores.isnan().any()):
+            raise FloatingPointError(f"{type(self.method).__name__} gives NaN as a score in layer {index}")
+        if not layer.rising:
+            scores = take_heads(scores, layer.sort())
+        self._pending[index] = scores, counts
+        if self._narrows and "channels" not in layer.notes:
+            self._narrow(index, layer)
+        if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
+            pending, self._pending = self._pending, {}
+            self._keep_best(pending)
+
+    def _stores_no_more(self, layer: SelectiveLayer, counts: list[int]) -> bool:
         """Whether every head may keep all that it stores: then nothing need be scored."""
         method = self.method
         alone = method.allocate in ("evenly", "pyramid") and "earlier" not in method.reads
-        plain = layer.real is None and "shown" not in layer.notes and type(layer) is SelectiveLayer
-        return alone and plain and not self.masked and not self._narrows and bool((counts >= layer.stored).all())
+        return alone and self._is_plain(layer) and min(counts) >= layer.stored
 
-    def _scores(self, index: int, layer: SelectiveLayer) -> Tensor:
+    def _has_one_too_many(self, layer: SelectiveLayer, counts: list[int]) -> bool:
+        """Whether one token of each head has to go, as after each generated one, and order does not matter."""
+        method = self.method
+        if method.ordered or method.bits is not None or method.allocate not in ("evenly", "pyramid"):
+            return False
+        assert layer.keys is not None
+        # What a gradient is to flow through is not written over.
+        return set(counts) == {layer.stored - 1} and self._is_plain(layer) and not layer.keys.requires_grad
+
+    def _is_plain(self, layer: SelectiveLayer) -> bool:
+        """Whether all that a layer stores counts, and as much in every head."""
+        whole = layer.real is None and "shown" not in layer.notes and type(layer) is SelectiveLayer
+        return whole and not self.masked and not self._narrows
+
+    def _scores(self, index: int, layer: SelectiveLayer, counts: list[int]) -> Tensor:
         """The method's scores, with what is protected above and what does not count below all others."""
         # Scores are of tokens in the order of their positions.
         layer = layer.whole() if isinstance(layer, TieredLayer) else layer
@@ -562,10 +595,8 @@ class EvictingCache(ListeningCache):
         if self.masked and layer.real is not None:
             # A method sees what it would if the hidden ones were gone.
             even = _without_hidden(layer)
-        tokens = self._tokens(index, even)
+        tokens = self._tokens(index, even, counts)
         scores = method.score(tokens).float()
-        if bool(scores.isnan().any()):
-            raise FloatingPointError(f"{type(method).__name__} gives NaN as a score in layer {index}")
         heads = max(scores.shape[1], tokens.positions.shape[1])
         scores = scores.expand(-1, heads, -1)
         scores = scores.masked_fill(method.protected(tokens), float("inf"))
@@ -578,35 +609,36 @@ class EvictingCache(ListeningCache):
             scores = found.scatter_(2, places, scores)[..., : layer.stored]
         return scores
 
-    def _keep_best(self, scores: dict[int, Tensor]) -> None:
-        """Let the layers keep what the budget allows."""
+    def _keep_best(self, pending: dict[int, tuple[Tensor, list[int]]]) -> None:
+        """Let the layers keep what the budget allows, by the scores and the counts of each."""
         method = self.method
-        for index in scores:
+        for index in pending:
             self._selective(index).notes.pop("shown", None)
         if method.allocate == "layers_and_heads":
-            layers = [self._selective(index) for index in scores]
-            counts = layers[0].notes["counts"]
+            scores, budgets = zip(*pending.values(), strict=True)
+            counts = torch.tensor(budgets[0], device=scores[0].device)
             # Where all heads scored alike each still stores its own.
             whole = [
-                score.expand(-1, layer.key_heads, -1) for score, layer in zip(scores.values(), layers, strict=True)
+                score.expand(-1, self._selective(index).key_heads, -1)
+                for index, score in zip(pending, scores, strict=True)
             ]
             totals = counts * sum(score.shape[1] for score in whole)
             floors = (counts * method.floor).long().clamp_min(1)
-            for index, shown in zip(scores, best_of_all(whole, totals, floors), strict=True):
+            for index, shown in zip(pending, best_of_all(whole, totals, floors), strict=True):
                 self._keep_ragged(index, shown)
             return
-        for index, score in scores.items():
+        for index, (score, budget) in pending.items():
             layer = self._selective(index)
-            counts = layer.notes["counts"]
+            counts = torch.tensor(budget, device=score.device)
             if method.allocate == "heads":
                 score = score.expand(-1, layer.key_heads, -1)
                 self._keep_ragged(index, best_of_shared(score, counts, method.floor))
                 continue
             if method.bits is not None:
-                self._keep_tiers(index, score, counts)
+                self._keep_tiers(index, score, budget)
                 continue
             counts = counts.minimum((score > float("-inf")).sum(2).amin(1))
-            if bool((counts == layer.stored).all()) or self._drops_one(layer, score, counts):
+            if bool((counts == layer.stored).all()):
                 continue
             places, real = best_of_each_head(score, counts)
             if self.masked:
@@ -619,31 +651,25 @@ class EvictingCache(ListeningCache):
                 self._even(index).keep(places, real)
             self._close_up(self._selective(index))
 
-    def _drops_one(self, layer: SelectiveLayer, score: Tensor, counts: Tensor) -> bool:
-        """Where one token of each head goes, as after each generated one, and order does not matter: let it go."""
-        even = not isinstance(layer, RaggedLayer) and layer.real is None and not self.masked
-        if self.method.ordered or not even or bool((counts != layer.stored - 1).any()):
-            return False
-        if layer.keys is not None and layer.keys.requires_grad:
-            # What a gradient is to flow through is not written over.
-            return False
+    def _drops_one(self, layer: SelectiveLayer, scores: Tensor) -> bool:
+        """Let the worst token of each head go, unless scores are no numbers or of no token."""
+        assert layer.keys is not None
         assert layer.positions is not None
-        gone = worst_of_each_head(score, layer.positions)
+        gone = worst_of_each_head(scores, layer.positions)
+        if gone is None:
+            return False
         if self.method.positions == "compact":
             assert self._rotary is not None
-            assert layer.keys is not None
-            heads = max(layer.positions.shape[1], gone.shape[1])
-            at = layer.positions.expand(-1, heads, -1).gather(2, gone.expand(-1, heads, -1))
             # Those before it come one closer.
-            turn = (layer.positions < at).long()
+            turn = (layer.positions < take_heads(layer.positions, gone)).long()
             before = layer.tracks.get("shift")
             layer.tracks["shift"] = turn if before is None else before + turn
             self._rotary.turn(layer.keys, turn, in_place=True)
         layer.drop(gone)
         return True
 
-    def _keep_tiers(self, index: int, score: Tensor, counts: Tensor) -> None:
-        """Let a layer keep exact tokens, and others in few bits, in the bytes of `counts` exact ones, [batch]."""
+    def _keep_tiers(self, index: int, score: Tensor, limits: list[int]) -> None:
+        """Let a layer keep exact tokens, and others in few bits, in the bytes of so many exact ones of each row."""
         method, layer = self.method, self._even(index)
         assert method.bits is not None
         assert layer.keys is not None
@@ -651,11 +677,10 @@ class EvictingCache(ListeningCache):
         widths = [values.shape[3] for values in (layer.keys, layer.values)]
         sizes = sum(widths) * layer.keys.element_size(), sum(packed_nbytes(width, method.bits) for width in widths)
         available = (score > float("-inf")).sum(2).amin(1).tolist()
-        limits = counts.tolist()
         if isinstance(method.keep, str) and method.keep.endswith("bytes"):
             # The memory is that of the batch, where each row takes as much as the longest.
             limits, available = [max(limits)] * len(limits), [max(available)] * len(limits)
-        protects = self._protected_counts(layer, layer.seen).tolist()
+        protects = self._protected_counts(index, layer, layer.seen)
         rows = [
             tier_counts(limit, there, method.exact, stay, *sizes)
             for limit, there, stay in zip(limits, available, protects, strict=True)
@@ -669,13 +694,13 @@ class EvictingCache(ListeningCache):
         layer.keep(places, real)
         self.layers[index] = TieredLayer.of(layer, rank < exact.view(-1, 1, 1), method.bits)
 
-    def _pyramid(self, counts: Tensor, layer: SelectiveLayer, place: int) -> Tensor:
-        sizes = counts, layer.notes["counted"], self._protected_counts(layer, layer.seen)
-        rows = [
-            pyramid_counts(count, available, len(self._places), protects, self.method.beta)[place]
-            for count, available, protects in zip(*(each.tolist() for each in sizes), strict=True)
+    def _pyramid(self, counts: list[int], index: int, layer: SelectiveLayer) -> list[int]:
+        layers, place = len(self._places), self._places.index(index)
+        sizes = counts, self._counted(index, layer), self._protected_counts(index, layer, layer.seen)
+        return [
+            pyramid_counts(count, available, layers, protects, self.method.beta)[place]
+            for count, available, protects in zip(*sizes, strict=True)
         ]
-        return torch.tensor(rows, device=counts.device)
 
     def _even(self, index: int) -> SelectiveLayer:
         """The layer, with as many places for each head."""
@@ -717,27 +742,29 @@ class EvictingCache(ListeningCache):
         layer.tracks["shift"] = shift
         layer.replace_keys(self._rotary.turn(layer.keys, turn if real is None else turn.masked_fill(~real, 0)))
 
-    def _counts(self, layer: SelectiveLayer) -> Tensor:
-        """Tokens of each head of a layer when the budget is shared evenly, [batch]."""
-        method, counted = self.method, layer.notes["counted"]
+    def _counts(self, index: int, layer: SelectiveLayer) -> list[int]:
+        """Tokens of each head of a layer when the budget is shared evenly, of each row."""
+        method, counted = self.method, self._counted(index, layer)
         keep = method.keep
         if isinstance(keep, str) and keep.endswith("bytes"):
-            count = self._affordable(int(keep.split()[0]), layer)
-            return counted.clamp_max(min(count, layer.seen))
-        rows = [max(kept_count(keep, seen), min(method.protects, seen)) for seen in counted.tolist()]
-        counts = torch.tensor(rows, device=counted.device)
-        return counts.maximum(self._protected_counts(layer, layer.seen)) if "given" in layer.notes else counts
+            most = min(self._affordable(int(keep.split()[0]), index, layer), layer.seen)
+            return [min(count, most) for count in counted]
+        counts = [max(kept_count(keep, count), min(method.protects, count)) for count in counted]
+        if "given" in layer.notes:
+            stay = self._protected_counts(index, layer, layer.seen)
+            counts = [max(count, least) for count, least in zip(counts, stay, strict=True)]
+        return counts
 
-    def _affordable(self, limit: int, layer: SelectiveLayer) -> int:
+    def _affordable(self, limit: int, index: int, layer: SelectiveLayer) -> int:
         """Tokens of each head that fit in so many bytes, beside the layers that see a window."""
         token, fixed = self._token_nbytes(layer), 0
-        for index, other in enumerate(self.layers):
-            if index not in self._attentions:
+        for place, other in enumerate(self.layers):
+            if place not in self._attentions:
                 window = getattr(other, "sliding_window", None)
                 tokens = layer.seen if window is None else min(layer.seen, window - 1)
                 fixed += tokens * token
         count = (limit - fixed) // (token * len(self._places))
-        least = max(int(self._protected_counts(layer, layer.seen).max()), self.method.protects, 1)
+        least = max(*self._protected_counts(index, layer, layer.seen), self.method.protects, 1)
         if count < least:
             raise InputError(
                 Problem(
@@ -771,6 +798,11 @@ class EvictingCache(ListeningCache):
             return layer.token_nbytes
         dropped = self._key_width - channels.shape[2]
         return layer.token_nbytes + channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize
+
+
+def _all_fit(counts: list[int], counted: list[int]) -> bool:
+    """Whether every row may keep as many tokens as count."""
+    return all(count >= there for count, there in zip(counts, counted, strict=True))
 
 
 def _checker(cache: weakref.ref[EvictingCache]) -> Any:
