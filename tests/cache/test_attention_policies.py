@@ -11,7 +11,7 @@ import tokenwise as tw
 from tokenwise.cache.base import StoredTokens
 from tokenwise.errors import InputError
 from tokenwise.models.tap import AttentionCall
-from tokenwise.signals.gumbel import exponential_noise
+from tokenwise.signals.gumbel import exponential_noise, lane_bits
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 6
 
@@ -338,7 +338,7 @@ def noisy_columns(tokens, call, temperature, seed):
             if seed is not None:
                 places = torch.arange(tokens.seen - queries, tokens.seen).unsqueeze(1) - pad
                 lane = torch.tensor(tokens.layer * HEADS + head)
-                scores = scores - exponential_noise(seed, lane, places, torch.arange(keys) - pad).log()
+                scores = scores - exponential_noise(lane_bits(seed, lane), places, torch.arange(keys) - pad).log()
             scores = scores.masked_fill(~call.mask[row, 0], float("-inf")) / temperature
             real = torch.arange(tokens.seen - queries, tokens.seen) >= pad
             found[row, head // 2] += scores.softmax(1)[real].sum(0)
