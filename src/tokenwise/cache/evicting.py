@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -17,6 +16,7 @@ from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.base import CachePolicy, StoredTokens
 from tokenwise.cache.padding import seen_columns
 from tokenwise.cache.refusals import narrows, problems_of, protection_problems, repeats, rotary_for
+from tokenwise.cache.second_reading import SecondReading, forget_last
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.cache_memory import layer_nbytes
 from tokenwise.models.decoders import cached_attentions
@@ -47,6 +47,7 @@ class EvictingCache(ListeningCache):
         method: the method.
         masked: whether all tokens stay stored and the others are hidden.
         protect: tokens of the prompt that stay whatever their score, or None.
+        second: how the prompt is read a second time, or None where the method does not need it.
         stats: as of the last time that tokens were, or could have been, evicted: ``tokens_seen`` (columns, padding
             included), ``tokens_stored`` (mean over rows, layers and heads), ``bytes``, and ``full_bytes``, what a cache
             of all tokens would take.
@@ -72,22 +73,16 @@ class EvictingCache(ListeningCache):
         self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
         self._held_until: float | None = None
-        self._repeats = repeats(method, masked)
         self._narrows = narrows(method)
-        self._again: Tensor | None = None
         self._idle = not masked and method.keep == 1.0 and method.dense_at_full
         self._key_width = 0
-        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
         problems = problems_of(model, method, self.layers, self._attentions, masked)
         problems += protection_problems(protect)
         if problems:
             raise InputError(problems)
         self._rotary = rotary_for(model, method, self._attentions[self._places[0]])
-        self._decoder = self.attach(model, self._attentions)
-        mine = weakref.ref(self)
-        if self._repeats:
-            self.on_undo(self._decoder.register_forward_pre_hook(_checker(mine), with_kwargs=True).remove)
-            self.on_undo(self._decoder.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
+        decoder = self.attach(model, self._attentions)
+        self.second = SecondReading(self, decoder) if repeats(method, masked) else None
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -149,15 +144,28 @@ class EvictingCache(ListeningCache):
     def _evict_from_all(self) -> None:
         place = self._places[0]
         first = self._selective(place)
-        enough = _all_fit(self._counts(place, first), self._counted(place, first))
         # Of a masked cache with a full budget scores are wanted.
-        if enough and self.method.dense_at_full and not (self.masked and self.method.keep == 1.0):
+        dense = self.method.dense_at_full and not (self.masked and self.method.keep == 1.0)
+        fits = _fits(self._counts(place, first), self._counted(place, first))
+        if dense and all(fits):
             return
-        if self._repeats and "unrepeated" in first.notes:
-            self._repeat(first)
+        if self.second is not None:
+            # As alone: a row that fits waits until it no longer does.
+            self.second.repeat(self, torch.tensor([not (dense and fit) for fit in fits]))
         for index in self._places:
             self._evict(index)
         self._note_sizes()
+
+    def has_read(self, tokens: int) -> None:
+        """After a pass whose tokens are to be repeated: do so, and evict, where it was not a generated one.
+
+        Args:
+            tokens: how many of them.
+        """
+        seen = self.get_seq_length()
+        reading = tokens > 1 or seen == 1 or self._holds(seen - tokens)
+        if reading and not self._holds(seen):
+            self._release()
 
     def with_keep(self, keep: float | str) -> EvictingCache:
         """The cache as it would be with another budget; keys and values are shared, not copied.
@@ -194,9 +202,7 @@ class EvictingCache(ListeningCache):
             if index not in self._attentions:
                 layer.crop(-tokens)
             elif layer.seen:
-                unrepeated = layer.notes.pop("unrepeated", None)
-                if unrepeated is not None and unrepeated.shape[1] > tokens:
-                    layer.notes["unrepeated"] = unrepeated[:, :-tokens]
+                forget_last(layer.notes, tokens)
                 layer.take_back(layer.seen - tokens)
                 self._evicted_at[index] = min(self._evicted_at.get(index, 0), layer.seen)
 
@@ -309,9 +315,9 @@ class EvictingCache(ListeningCache):
     def attended(self, index: int, call: AttentionCall) -> None:
         layer = self._selective(index)
         method, tokens, whole = self.method, call.query.shape[2], call.mask
-        again = self._again is not None
-        reading = tokens > 1 or layer.seen == tokens or again or self._holds(layer.seen - tokens)
-        if reading and not again:
+        again = self.second if self.second is not None and self.second.under_way else None
+        reading = tokens > 1 or layer.seen == tokens or again is not None or self._holds(layer.seen - tokens)
+        if reading and again is None:
             self._note_padding(layer, call)
             self._note_given(index, layer)
         call.query = self._narrowed(layer, call.query)
@@ -323,8 +329,9 @@ class EvictingCache(ListeningCache):
                 mask = mask.repeat_interleave(call.query.shape[1] // mask.shape[1], 1)
             call.mask = mask
         if not self._idle and (reading or method.interval is not None):
-            if again:
-                self._attended_again(index, layer, call, whole)
+            if again is not None:
+                with again.repeating(layer, call.query):
+                    self._look_on(index, layer, call, whole)
             else:
                 self._calls[index] = (call.scaling, call.softcap, call.query.shape[1])
                 alone = call.answer is None and call.key_bias is None and not torch.is_grad_enabled()
@@ -343,7 +350,7 @@ class EvictingCache(ListeningCache):
         self._observe(index, layer, call, whole)
         since = layer.seen - self._evicted_at.get(index, 0)
         due = reading or (method.interval is not None and since >= method.interval)
-        if due and not self._holds(layer.seen) and not self._repeats:
+        if due and not self._holds(layer.seen) and self.second is None:
             self._evict(index)
         if index == self._places[-1]:
             self._note_sizes()
@@ -355,80 +362,6 @@ class EvictingCache(ListeningCache):
             bytes=self.nbytes(),
             full_bytes=self.full_nbytes(),
         )
-
-    def _prompt_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-        """Ids and mask of a pass of the decoder with this cache, where the prompt is to be repeated."""
-        if not self._repeats or self._again is not None:
-            return None
-        if not any(value is self for value in (*args, *options.values())):
-            return None
-        ids, mask = (options.get(name) for name in ("input_ids", "attention_mask"))
-        ids = args[0] if ids is None and args else ids
-        if not isinstance(ids, Tensor) or (mask is not None and getattr(mask, "ndim", 0) != 2):
-            raise InputError(
-                Problem(
-                    "input_ids",
-                    f"{type(self.method).__name__} reads the prompt a second time: it needs the tokens' ids, and a "
-                    "mask of [batch, tokens], if any.",
-                    "Pass input_ids, or use a method such as snap_kv.",
-                )
-            )
-        return ids, mask
-
-    def _has_read(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """After a pass of the decoder."""
-        prompt = self._prompt_of(args, options)
-        if prompt is None:
-            return
-        (ids, mask), places = prompt, options.get("position_ids")
-        first = self._selective(self._places[0])
-        before = first.notes.get("unrepeated")
-        first.notes["unrepeated"] = ids if before is None else torch.cat([before, ids], 1)
-        self._last = (mask, None if places is None else places[..., -1:])
-        tokens = ids.shape[1]
-        reading = tokens > 1 or first.seen == 1 or self._holds(first.seen - tokens)
-        if reading and not self._holds(first.seen):
-            with torch.no_grad():
-                self._evict_from_all()
-
-    def _repeat(self, first: SelectiveLayer) -> None:
-        """Read the tokens that have not been a second time, for the method to look on."""
-        ids, seen, (mask, place) = first.notes["unrepeated"], first.seen, self._last
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
-        # In each row what counts is moved to the front.
-        order = (~real).long().argsort(dim=1, stable=True)
-        columns = seen - ids.shape[1] + order
-        windows = {index: layer for index, layer in enumerate(self.layers) if index not in self._attentions}
-        try:
-            for more, repeats in self.method.repetitions(ids.gather(1, order), real.gather(1, order)):
-                for index, layer in windows.items():
-                    self.layers[index] = copy.copy(layer)
-                self._again = torch.where(repeats < 0, repeats, columns.gather(1, repeats.clamp_min(0)))
-                options: dict[str, Tensor] = {}
-                if mask is not None:
-                    options["attention_mask"] = torch.cat([mask, (repeats > -2).to(mask.dtype)], 1)
-                if place is not None:
-                    options["position_ids"] = place + 1 + torch.arange(more.shape[1], device=more.device)
-                self._decoder(input_ids=more, past_key_values=self, use_cache=True, **options)
-        finally:
-            self._again = None
-            for index, layer in windows.items():
-                self.layers[index] = layer
-        del first.notes["unrepeated"]
-
-    def _attended_again(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
-        """Let the method look at the attention of a repetition, and forget its tokens."""
-        assert self._again is not None
-        even, tokens = layer, call.query.shape[2]
-        with torch.no_grad():
-            layer.notes["repeats"] = self._again.to(call.query.device)
-            if isinstance(layer, RaggedLayer):
-                even, call = layer.padded(), layer.padded_call(call, whole)
-            self.method.observe(self._tokens(index, even), call)
-            if isinstance(layer, RaggedLayer):
-                layer.set_tracks(even.tracks)
-            del layer.notes["repeats"]
-            layer.take_back(layer.seen - tokens)
 
     def _note_padding(self, layer: SelectiveLayer, call: AttentionCall) -> None:
         """Count the padding of each row."""
@@ -490,10 +423,14 @@ class EvictingCache(ListeningCache):
                 queries = torch.cat([before, queries], 2)[:, :, -method.window :]
             layer.notes["queries"] = queries.clone() if queries.shape[2] < call.query.shape[2] else queries
         self._observed_at[index] = layer.seen
+        self._look_on(index, layer, call, whole)
+
+    def _look_on(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
+        """Let the method look at the attention of a layer."""
         even = layer
         if isinstance(layer, RaggedLayer):
             even, call = layer.padded(), layer.padded_call(call, whole)
-        method.observe(self._tokens(index, even), call)
+        self.method.observe(self._tokens(index, even), call)
         if isinstance(layer, RaggedLayer):
             layer.set_tracks(even.tracks)
 
@@ -536,7 +473,7 @@ class EvictingCache(ListeningCache):
         counts = self._counts(index, layer)
         if index == self._places[0]:
             self._earlier = {}
-        if self.method.dense_at_full and not self.masked and _all_fit(counts, self._counted(index, layer)):
+        if self.method.dense_at_full and not self.masked and all(_fits(counts, self._counted(index, layer))):
             return
         if self.method.allocate == "pyramid":
             counts = self._pyramid(counts, index, layer)
@@ -800,27 +737,9 @@ class EvictingCache(ListeningCache):
         return layer.token_nbytes + channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize
 
 
-def _all_fit(counts: list[int], counted: list[int]) -> bool:
-    """Whether every row may keep as many tokens as count."""
-    return all(count >= there for count, there in zip(counts, counted, strict=True))
-
-
-def _checker(cache: weakref.ref[EvictingCache]) -> Any:
-    def check(module: nn.Module, args: Any, options: Any = None) -> None:
-        found = cache()
-        if found is not None and options is not None:
-            found._prompt_of(args, options)
-
-    return check
-
-
-def _repeater(cache: weakref.ref[EvictingCache]) -> Any:
-    def repeat(module: nn.Module, args: Any, *others: Any) -> None:
-        found = cache()
-        if found is not None and len(others) == 2:
-            found._has_read(args, others[0])
-
-    return repeat
+def _fits(counts: list[int], counted: list[int]) -> list[bool]:
+    """Of each row whether it may keep as many tokens as count."""
+    return [count >= there for count, there in zip(counts, counted, strict=True)]
 
 
 def _layers(model: nn.Module) -> list[Any]:
