@@ -2,11 +2,11 @@
 
 import torch
 
-from tokenwise.signals.gumbel import exponential_noise
+from tokenwise.signals.gumbel import exponential_noise, lane_bits
 
 
 def gumbel_noise(seed, lanes, queries, keys):
-    found = exponential_noise(seed, lanes, queries, keys)
+    found = exponential_noise(lane_bits(seed, lanes), queries, keys)
     assert bool((found > 0).all())
     return -found.log()
 

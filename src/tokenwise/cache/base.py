@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -43,8 +43,7 @@ class StoredTokens:
             tokens, 0 for new ones. ``received`` where the method reads it: the attention each key has received, summed
             over queries and the heads that share the key, fp32.
         notes: what it knows of each row, by name, each [batch, ...]. ``queries`` where it reads them: the last
-            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim]. While tokens are scored,
-            ``counts``: how many of them each head is to keep, [batch], int64, were the layer's budget shared evenly.
+            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim].
             ``given`` where the user protects tokens: which columns, [batch, any], bool.
             ``repeats`` while the prompt is repeated, where the method reads it: the column of the token that each query
             repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
@@ -53,6 +52,8 @@ class StoredTokens:
         earlier: what the layers before noted for this one while the same tokens were scored, by name, each
             [batch, seen]. ``kept`` where the method reads ``earlier``: what the layer before stores. Empty in the
             first layer, and where nothing had to go yet.
+        counts: while tokens are scored, how many of them each head of a row is to keep, were the layer's budget shared
+            evenly; of each row.
     """
 
     keys: Tensor
@@ -72,6 +73,7 @@ class StoredTokens:
     rotary: Rotary | None = None
     sinks: Tensor | None = None
     earlier: dict[str, Tensor] = field(default_factory=dict)
+    counts: Sequence[int] = ()
 
     def over_queries(self, values: Tensor) -> Tensor:
         """[batch, query heads, ...] as the heads that share a key beside each other: [batch, key heads, group, ...]."""
@@ -215,11 +217,9 @@ class CachePolicy(CacheMethod):
         """How many tokens stay whatever their score, however small the budget."""
         return self.sink + max(self.recent, self.window)
 
-    def last(self, counts: Tensor) -> Tensor:
-        """How many tokens at the end stay whatever their score under a budget of `counts`; both [batch], int64."""
-        import torch
-
-        return torch.full_like(counts, max(self.recent, self.window))
+    def last(self, count: int) -> int:
+        """How many tokens at the end stay whatever their score under a budget of `count`."""
+        return max(self.recent, self.window)
 
     def refuses(self, module: Any) -> Problem | None:
         """Why the method cannot work with an attention module; None where it can."""
@@ -229,11 +229,12 @@ class CachePolicy(CacheMethod):
         """Which of the tokens that are scored stay whatever their score, [batch, key heads or 1, stored], bool."""
         from tokenwise.policies.eviction import protected
 
-        counts, given = tokens.notes["counts"], tokens.notes.get("given")
+        counts, given = tokens.counts, tokens.notes.get("given")
         if given is not None:
             # A share of the budget for the last tokens is one of what the given ones leave.
-            counts = counts - given.sum(1)
-        return protected(tokens.positions, tokens.pads, tokens.seen, self.sink, self.last(counts), given)
+            counts = [count - some for count, some in zip(counts, given.sum(1).tolist(), strict=True)]
+        recent = [self.last(count) for count in counts]
+        return protected(tokens.positions, tokens.pads, tokens.seen, self.sink, recent, given)
 
     def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
         """Look at an attention call, after the new tokens are stored: the place to note something in ``tokens.tracks``

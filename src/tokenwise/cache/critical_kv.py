@@ -60,6 +60,6 @@ class CriticalKV(SnapKV):
         if tokens.real is not None:
             ranked = ranked.masked_fill(~tokens.real, float("-inf"))
         rank = ranked.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-        count = (tokens.notes["counts"] * self.first).long().view(-1, 1, 1)
+        count = torch.tensor([int(count * self.first) for count in tokens.counts], device=rank.device).view(-1, 1, 1)
         changed = (found + self.epsilon) * projected_value_norms(tokens.values, projection)
         return changed.masked_fill(rank < count, torch.finfo(changed.dtype).max)

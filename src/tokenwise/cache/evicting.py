@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -24,6 +23,7 @@ from tokenwise.cache.refusals import (
     repeats,
     rotary_for,
 )
+from tokenwise.cache.second_reading import SecondReading, forget_last
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.cache_memory import layer_nbytes
 from tokenwise.models.decoders import cached_attentions
@@ -54,6 +54,7 @@ class EvictingCache(ListeningCache):
         method: the method.
         masked: whether all tokens stay stored and the others are hidden.
         protect: tokens of the prompt that stay whatever their score, or None.
+        second: how the prompt is read a second time, or None where the method does not need it.
         stats: as of the last time that tokens were, or could have been, evicted: ``tokens_seen`` (columns, padding
             included), ``tokens_stored`` (mean over rows, layers and heads), ``bytes``, and ``full_bytes``, what a cache
             of all tokens would take.
@@ -73,27 +74,22 @@ class EvictingCache(ListeningCache):
         ]
         self._attentions: dict[int, Any] = {index: attentions[index] for index in self._places}
         self._calls: dict[int, tuple[float, float | None, int, Tensor | None]] = {}
-        self._pending: dict[int, Tensor] = {}
+        self._pending: dict[int, tuple[Tensor, list[int]]] = {}
+        self._left_out: dict[int, tuple[Tensor, list[int]]] = {}
         self._evicted_at: dict[int, int] = {}
         self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
         self._held_until: float | None = None
-        self._repeats = repeats(method, masked)
         self._narrows = narrows(method)
-        self._again: Tensor | None = None
         self._idle = not masked and method.keep == 1.0 and method.dense_at_full
         self._key_width = 0
-        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
         problems = problems_of(model, method, self.layers, self._attentions, masked)
         problems += protection_problems(protect)
         if problems:
             raise InputError(problems)
         self._rotary = rotary_for(model, method, self._attentions[self._places[0]])
-        self._decoder = self.attach(model, self._attentions)
-        mine = weakref.ref(self)
-        if self._repeats:
-            self.on_undo(self._decoder.register_forward_pre_hook(_checker(mine), with_kwargs=True).remove)
-            self.on_undo(self._decoder.register_forward_hook(_repeater(mine), with_kwargs=True).remove)
+        decoder = self.attach(model, self._attentions)
+        self.second = SecondReading(self, decoder) if repeats(method, masked) else None
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -153,16 +149,30 @@ class EvictingCache(ListeningCache):
         return self._held_until is not None and seen < self._held_until
 
     def _evict_from_all(self) -> None:
-        first = self._selective(self._places[0])
-        enough = bool((self._counts(first) >= first.notes["counted"]).all())
+        place = self._places[0]
+        first = self._selective(place)
         # Of a masked cache with a full budget scores are wanted.
-        if enough and self.method.dense_at_full and not (self.masked and self.method.keep == 1.0):
+        dense = self.method.dense_at_full and not (self.masked and self.method.keep == 1.0)
+        fits = _fits(self._counts(place, first), self._counted(place, first))
+        if dense and all(fits):
             return
-        if self._repeats and "unrepeated" in first.notes:
-            self._repeat(first)
+        if self.second is not None:
+            # As alone: a row that fits waits until it no longer does.
+            self.second.repeat(self, torch.tensor([not (dense and fit) for fit in fits]))
         for index in self._places:
             self._evict(index)
         self._note_sizes()
+
+    def has_read(self, tokens: int) -> None:
+        """After a pass whose tokens are to be repeated: do so, and evict, where it was not a generated one.
+
+        Args:
+            tokens: how many of them.
+        """
+        seen = self.get_seq_length()
+        reading = tokens > 1 or seen == 1 or self._holds(seen - tokens)
+        if reading and not self._holds(seen):
+            self._release()
 
     def with_keep(self, keep: float | str) -> EvictingCache:
         """The cache as it would be with another budget; keys and values are shared, not copied.
@@ -199,10 +209,7 @@ class EvictingCache(ListeningCache):
             if index not in self._attentions:
                 layer.crop(-tokens)
             elif layer.seen:
-                layer.notes["counted"] = layer.notes["counted"] - tokens
-                unrepeated = layer.notes.pop("unrepeated", None)
-                if unrepeated is not None and unrepeated.shape[1] > tokens:
-                    layer.notes["unrepeated"] = unrepeated[:, :-tokens]
+                forget_last(layer.notes, tokens)
                 layer.take_back(layer.seen - tokens)
                 self._evicted_at[index] = min(self._evicted_at.get(index, 0), layer.seen)
 
@@ -301,9 +308,9 @@ class EvictingCache(ListeningCache):
                 if min(seen) == 0:
                     self.layers[index] = SelectiveLayer()
                 elif layer.seen > min(seen):
-                    # Rows count as many tokens in every layer.
+                    # Of each row as much is left out in every layer.
                     behind = self._selective(self._places[seen.index(min(seen))])
-                    layer.notes["counted"] = behind.notes["counted"].to(layer.notes["counted"].device)
+                    layer.notes["left_out"] = behind.notes["left_out"].to(layer.notes["left_out"].device)
                     layer.take_back(min(seen))
             for index, layer in enumerate(self.layers):
                 if index not in self._attentions:
@@ -321,13 +328,11 @@ class EvictingCache(ListeningCache):
     def attended(self, index: int, call: AttentionCall) -> None:
         layer = self._selective(index)
         method, tokens, whole = self.method, call.query.shape[2], call.mask
-        again = self._again is not None
-        reading = tokens > 1 or layer.seen == tokens or again or self._holds(layer.seen - tokens)
-        if reading and not again:
+        again = self.second if self.second is not None and self.second.under_way else None
+        reading = tokens > 1 or layer.seen == tokens or again is not None or self._holds(layer.seen - tokens)
+        if reading and again is None:
             self._note_padding(layer, call)
-            self._note_given(layer)
-        elif not again:
-            layer.notes["counted"] = layer.notes["counted"] + tokens
+            self._note_given(index, layer)
         call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
             call.answer = layer.attend(call, whole)
@@ -337,8 +342,9 @@ class EvictingCache(ListeningCache):
                 mask = mask.repeat_interleave(call.query.shape[1] // mask.shape[1], 1)
             call.mask = mask
         if not self._idle and (reading or method.interval is not None):
-            if again:
-                self._attended_again(index, layer, call, whole)
+            if again is not None:
+                with again.repeating(layer, call.query):
+                    self._look_on(index, layer, call, whole)
             else:
                 sinks = None if call.sinks is None else call.sinks.detach()
                 self._calls[index] = (call.scaling, call.softcap, call.query.shape[1], sinks)
@@ -358,7 +364,7 @@ class EvictingCache(ListeningCache):
         self._observe(index, layer, call, whole)
         since = layer.seen - self._evicted_at.get(index, 0)
         due = reading or (method.interval is not None and since >= method.interval)
-        if due and not self._holds(layer.seen) and not self._repeats:
+        if due and not self._holds(layer.seen) and self.second is None:
             self._evict(index)
         if index == self._places[-1]:
             self._note_sizes()
@@ -371,94 +377,20 @@ class EvictingCache(ListeningCache):
             full_bytes=self.full_nbytes(),
         )
 
-    def _prompt_of(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-        """Ids and mask of a pass of the decoder with this cache, where the prompt is to be repeated."""
-        if not self._repeats or self._again is not None:
-            return None
-        if not any(value is self for value in (*args, *options.values())):
-            return None
-        ids, mask = (options.get(name) for name in ("input_ids", "attention_mask"))
-        ids = args[0] if ids is None and args else ids
-        if not isinstance(ids, Tensor) or (mask is not None and getattr(mask, "ndim", 0) != 2):
-            raise InputError(
-                Problem(
-                    "input_ids",
-                    f"{type(self.method).__name__} reads the prompt a second time: it needs the tokens' ids, and a "
-                    "mask of [batch, tokens], if any.",
-                    "Pass input_ids, or use a method such as snap_kv.",
-                )
-            )
-        return ids, mask
-
-    def _has_read(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """After a pass of the decoder."""
-        prompt = self._prompt_of(args, options)
-        if prompt is None:
-            return
-        (ids, mask), places = prompt, options.get("position_ids")
-        first = self._selective(self._places[0])
-        before = first.notes.get("unrepeated")
-        first.notes["unrepeated"] = ids if before is None else torch.cat([before, ids], 1)
-        self._last = (mask, None if places is None else places[..., -1:])
-        tokens = ids.shape[1]
-        reading = tokens > 1 or first.seen == 1 or self._holds(first.seen - tokens)
-        if reading and not self._holds(first.seen):
-            with torch.no_grad():
-                self._evict_from_all()
-
-    def _repeat(self, first: SelectiveLayer) -> None:
-        """Read the tokens that have not been a second time, for the method to look on."""
-        ids, seen, (mask, place) = first.notes["unrepeated"], first.seen, self._last
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
-        # In each row what counts is moved to the front.
-        order = (~real).long().argsort(dim=1, stable=True)
-        columns = seen - ids.shape[1] + order
-        windows = {index: layer for index, layer in enumerate(self.layers) if index not in self._attentions}
-        try:
-            for more, repeats in self.method.repetitions(ids.gather(1, order), real.gather(1, order)):
-                for index, layer in windows.items():
-                    self.layers[index] = copy.copy(layer)
-                self._again = torch.where(repeats < 0, repeats, columns.gather(1, repeats.clamp_min(0)))
-                options: dict[str, Tensor] = {}
-                if mask is not None:
-                    options["attention_mask"] = torch.cat([mask, (repeats > -2).to(mask.dtype)], 1)
-                if place is not None:
-                    options["position_ids"] = place + 1 + torch.arange(more.shape[1], device=more.device)
-                self._decoder(input_ids=more, past_key_values=self, use_cache=True, **options)
-        finally:
-            self._again = None
-            for index, layer in windows.items():
-                self.layers[index] = layer
-        del first.notes["unrepeated"]
-
-    def _attended_again(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
-        """Let the method look at the attention of a repetition, and forget its tokens."""
-        assert self._again is not None
-        even, tokens = layer, call.query.shape[2]
-        with torch.no_grad():
-            layer.notes["repeats"] = self._again.to(call.query.device)
-            if isinstance(layer, RaggedLayer):
-                even, call = layer.padded(), layer.padded_call(call, whole)
-            self.method.observe(self._tokens(index, even), call)
-            if isinstance(layer, RaggedLayer):
-                layer.set_tracks(even.tracks)
-            del layer.notes["repeats"]
-            layer.take_back(layer.seen - tokens)
-
     def _note_padding(self, layer: SelectiveLayer, call: AttentionCall) -> None:
         """Count the padding of each row."""
         batch, device = call.query.shape[0], call.query.device
         last = seen_columns(call)
         if last is None:
-            layer.notes["pads"] = torch.zeros(batch, dtype=torch.long, device=device)
-            layer.notes["counted"] = torch.full((batch,), layer.seen, dtype=torch.long, device=device)
+            for name in ("pads", "left_out"):
+                layer.notes[name] = torch.zeros(batch, dtype=torch.long, device=device)
             return
         layer.notes["pads"] = last.long().argmax(1)
-        layer.notes["counted"] = last.sum(1)
+        layer.notes["left_out"] = layer.seen - last.sum(1)
         if not bool(last.all()):
             layer.notes["shown"] = last
 
-    def _note_given(self, layer: SelectiveLayer) -> None:
+    def _note_given(self, index: int, layer: SelectiveLayer) -> None:
         """Note which tokens of each row the user protects, once, when the first of them have been stored."""
         if self.protect is None or "given" in layer.notes:
             return
@@ -470,19 +402,29 @@ class EvictingCache(ListeningCache):
         # Beams and several answers of a row stand beside each other.
         given = given.repeat_interleave(len(pads) // len(given), 0)
         layer.notes["given"] = given & (torch.arange(given.shape[1], device=pads.device) >= pads.unsqueeze(1))
-        keep, most = self.method.keep, int(self._protected_counts(layer, max(layer.seen, given.shape[1])).max())
+        keep, most = self.method.keep, max(self._protected_counts(index, layer, max(layer.seen, given.shape[1])))
         if isinstance(keep, str) and keep.endswith("tokens") and int(keep.split()[0]) < most:
             message = f"{keep!r} is less than the {most} tokens of a row that stay whatever their score."
             raise InputError(Problem(f"{type(self.method).__name__}.keep", message, "Keep more, or protect less."))
 
-    def _protected_counts(self, layer: SelectiveLayer, seen: int) -> Tensor:
-        """How many of the tokens seen stay whatever their score and the budget, [batch]."""
+    def _counted(self, index: int, layer: SelectiveLayer) -> list[int]:
+        """Of each row how many tokens seen count: padding does not."""
+        left_out = layer.notes["left_out"]
+        known = self._left_out.get(index)
+        if known is None or known[0] is not left_out:
+            # Asked for when it changes, not at each token: on a GPU to ask is to wait.
+            known = self._left_out[index] = left_out, left_out.tolist()
+        return [layer.seen - some for some in known[1]]
+
+    def _protected_counts(self, index: int, layer: SelectiveLayer, seen: int) -> list[int]:
+        """Of each row how many of the tokens seen stay whatever their score and the budget."""
         method, pads, given = self.method, layer.notes["pads"], layer.notes.get("given")
         if given is None:
-            return layer.notes["counted"].clamp_max(method.protects)
+            return [min(count, method.protects) for count in self._counted(index, layer)]
         columns = torch.arange(seen, device=pads.device).expand(len(pads), 1, -1)
-        recent = torch.full_like(pads, max(method.recent, method.window))
-        return protected(columns, pads, seen, method.sink, recent, given).sum((1, 2))
+        recent = [max(method.recent, method.window)] * len(pads)
+        counts: list[int] = protected(columns, pads, seen, method.sink, recent, given).sum((1, 2)).tolist()
+        return counts
 
     def _observe(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
         method = self.method
@@ -495,14 +437,18 @@ class EvictingCache(ListeningCache):
                 queries = torch.cat([before, queries], 2)[:, :, -method.window :]
             layer.notes["queries"] = queries.clone() if queries.shape[2] < call.query.shape[2] else queries
         self._observed_at[index] = layer.seen
+        self._look_on(index, layer, call, whole)
+
+    def _look_on(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
+        """Let the method look at the attention of a layer."""
         even = layer
         if isinstance(layer, RaggedLayer):
             even, call = layer.padded(), layer.padded_call(call, whole)
-        method.observe(self._tokens(index, even), call)
+        self.method.observe(self._tokens(index, even), call)
         if isinstance(layer, RaggedLayer):
             layer.set_tracks(even.tracks)
 
-    def _tokens(self, index: int, layer: SelectiveLayer) -> StoredTokens:
+    def _tokens(self, index: int, layer: SelectiveLayer, counts: Sequence[int] = ()) -> StoredTokens:
         scaling, softcap, heads, sinks = self._calls[index]
         layer = layer.padded() if isinstance(layer, RaggedLayer) else layer
         assert layer.keys is not None
@@ -532,44 +478,68 @@ class EvictingCache(ListeningCache):
             rotary=self._rotary,
             sinks=sinks,
             earlier=self._earlier,
+            counts=counts,
         )
 
     def _evict(self, index: int) -> None:
         """Evict from one layer, or from all once the last has been scored, where they share a budget."""
         layer = self._selective(index)
         self._evicted_at[index] = layer.seen
-        counts = self._counts(layer)
+        counts = self._counts(index, layer)
         if index == self._places[0]:
             self._earlier = {}
-        if self.method.dense_at_full and not self.masked and bool((counts >= layer.notes["counted"]).all()):
+        if self.method.dense_at_full and not self.masked and all(_fits(counts, self._counted(index, layer))):
             return
         if self.method.allocate == "pyramid":
-            counts = self._pyramid(counts, layer, self._places.index(index))
+            counts = self._pyramid(counts, index, layer)
         if self._stores_no_more(layer, counts):
             return
-        layer.notes["counts"] = counts
-        if not layer.rising and bool((counts != layer.stored - 1).any()):
+        one = self._has_one_too_many(layer, counts)
+        if not layer.rising and not one:
             # Of equal scores the first stay.
             layer.sort()
-        self._pending[index] = self._scores(index, layer)
-        if self._narrows and "channels" not in layer.notes:
-            self._narrow(index, layer)
-        if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
-            scores, self._pending = self._pending, {}
-            self._keep_best(scores)
+        scores = self._scores(index, layer, counts)
+        if not (one and self._drops_one(layer, scores)):
+            self._choose(index, layer, scores, counts)
         if "earlier" in self.method.reads:
             self._earlier["kept"] = self.kept(index).any(1)
         if index == self._places[-1]:
             self._earlier = {}
 
-    def _stores_no_more(self, layer: SelectiveLayer, counts: Tensor) -> bool:
+    def _choose(self, index: int, layer: SelectiveLayer, scores: Tensor, counts: list[int]) -> None:
+        """Let a layer keep what the budget allows, or all layers once the last has been scored."""
+        if bool(scores.isnan().any()):
+            raise FloatingPointError(f"{type(self.method).__name__} gives NaN as a score in layer {index}")
+        if not layer.rising:
+            scores = take_heads(scores, layer.sort())
+        self._pending[index] = scores, counts
+        if self._narrows and "channels" not in layer.notes:
+            self._narrow(index, layer)
+        if self.method.allocate != "layers_and_heads" or index == self._places[-1]:
+            pending, self._pending = self._pending, {}
+            self._keep_best(pending)
+
+    def _stores_no_more(self, layer: SelectiveLayer, counts: list[int]) -> bool:
         """Whether every head may keep all that it stores: then nothing need be scored."""
         method = self.method
         alone = method.allocate in ("evenly", "pyramid") and "earlier" not in method.reads
-        plain = layer.real is None and "shown" not in layer.notes and type(layer) is SelectiveLayer
-        return alone and plain and not self.masked and not self._narrows and bool((counts >= layer.stored).all())
+        return alone and self._is_plain(layer) and min(counts) >= layer.stored
 
-    def _scores(self, index: int, layer: SelectiveLayer) -> Tensor:
+    def _has_one_too_many(self, layer: SelectiveLayer, counts: list[int]) -> bool:
+        """Whether one token of each head has to go, as after each generated one, and order does not matter."""
+        method = self.method
+        if method.ordered or method.bits is not None or method.allocate not in ("evenly", "pyramid"):
+            return False
+        assert layer.keys is not None
+        # What a gradient is to flow through is not written over.
+        return set(counts) == {layer.stored - 1} and self._is_plain(layer) and not layer.keys.requires_grad
+
+    def _is_plain(self, layer: SelectiveLayer) -> bool:
+        """Whether all that a layer stores counts, and as much in every head."""
+        whole = layer.real is None and "shown" not in layer.notes and type(layer) is SelectiveLayer
+        return whole and not self.masked and not self._narrows
+
+    def _scores(self, index: int, layer: SelectiveLayer, counts: list[int]) -> Tensor:
         """The method's scores, with what is protected above and what does not count below all others."""
         # Scores are of tokens in the order of their positions.
         layer = layer.whole() if isinstance(layer, TieredLayer) else layer
@@ -577,10 +547,8 @@ class EvictingCache(ListeningCache):
         if self.masked and layer.real is not None:
             # A method sees what it would if the hidden ones were gone.
             even = _without_hidden(layer)
-        tokens = self._tokens(index, even)
+        tokens = self._tokens(index, even, counts)
         scores = method.score(tokens).float()
-        if bool(scores.isnan().any()):
-            raise FloatingPointError(f"{type(method).__name__} gives NaN as a score in layer {index}")
         heads = max(scores.shape[1], tokens.positions.shape[1])
         scores = scores.expand(-1, heads, -1)
         scores = scores.masked_fill(method.protected(tokens), float("inf"))
@@ -593,35 +561,36 @@ class EvictingCache(ListeningCache):
             scores = found.scatter_(2, places, scores)[..., : layer.stored]
         return scores
 
-    def _keep_best(self, scores: dict[int, Tensor]) -> None:
-        """Let the layers keep what the budget allows."""
+    def _keep_best(self, pending: dict[int, tuple[Tensor, list[int]]]) -> None:
+        """Let the layers keep what the budget allows, by the scores and the counts of each."""
         method = self.method
-        for index in scores:
+        for index in pending:
             self._selective(index).notes.pop("shown", None)
         if method.allocate == "layers_and_heads":
-            layers = [self._selective(index) for index in scores]
-            counts = layers[0].notes["counts"]
+            scores, budgets = zip(*pending.values(), strict=True)
+            counts = torch.tensor(budgets[0], device=scores[0].device)
             # Where all heads scored alike each still stores its own.
             whole = [
-                score.expand(-1, layer.key_heads, -1) for score, layer in zip(scores.values(), layers, strict=True)
+                score.expand(-1, self._selective(index).key_heads, -1)
+                for index, score in zip(pending, scores, strict=True)
             ]
             totals = counts * sum(score.shape[1] for score in whole)
             floors = (counts * method.floor).long().clamp_min(1)
-            for index, shown in zip(scores, best_of_all(whole, totals, floors), strict=True):
+            for index, shown in zip(pending, best_of_all(whole, totals, floors), strict=True):
                 self._keep_ragged(index, shown)
             return
-        for index, score in scores.items():
+        for index, (score, budget) in pending.items():
             layer = self._selective(index)
-            counts = layer.notes["counts"]
+            counts = torch.tensor(budget, device=score.device)
             if method.allocate == "heads":
                 score = score.expand(-1, layer.key_heads, -1)
                 self._keep_ragged(index, best_of_shared(score, counts, method.floor))
                 continue
             if method.bits is not None:
-                self._keep_tiers(index, score, counts)
+                self._keep_tiers(index, score, budget)
                 continue
             counts = counts.minimum((score > float("-inf")).sum(2).amin(1))
-            if bool((counts == layer.stored).all()) or self._drops_one(layer, score, counts):
+            if bool((counts == layer.stored).all()):
                 continue
             places, real = best_of_each_head(score, counts)
             if self.masked:
@@ -634,31 +603,25 @@ class EvictingCache(ListeningCache):
                 self._even(index).keep(places, real)
             self._close_up(self._selective(index))
 
-    def _drops_one(self, layer: SelectiveLayer, score: Tensor, counts: Tensor) -> bool:
-        """Where one token of each head goes, as after each generated one, and order does not matter: let it go."""
-        even = not isinstance(layer, RaggedLayer) and layer.real is None and not self.masked
-        if self.method.ordered or not even or bool((counts != layer.stored - 1).any()):
-            return False
-        if layer.keys is not None and layer.keys.requires_grad:
-            # What a gradient is to flow through is not written over.
-            return False
+    def _drops_one(self, layer: SelectiveLayer, scores: Tensor) -> bool:
+        """Let the worst token of each head go, unless scores are no numbers or of no token."""
+        assert layer.keys is not None
         assert layer.positions is not None
-        gone = worst_of_each_head(score, layer.positions)
+        gone = worst_of_each_head(scores, layer.positions)
+        if gone is None:
+            return False
         if self.method.positions == "compact":
             assert self._rotary is not None
-            assert layer.keys is not None
-            heads = max(layer.positions.shape[1], gone.shape[1])
-            at = layer.positions.expand(-1, heads, -1).gather(2, gone.expand(-1, heads, -1))
             # Those before it come one closer.
-            turn = (layer.positions < at).long()
+            turn = (layer.positions < take_heads(layer.positions, gone)).long()
             before = layer.tracks.get("shift")
             layer.tracks["shift"] = turn if before is None else before + turn
             self._rotary.turn(layer.keys, turn, in_place=True)
         layer.drop(gone)
         return True
 
-    def _keep_tiers(self, index: int, score: Tensor, counts: Tensor) -> None:
-        """Let a layer keep exact tokens, and others in few bits, in the bytes of `counts` exact ones, [batch]."""
+    def _keep_tiers(self, index: int, score: Tensor, limits: list[int]) -> None:
+        """Let a layer keep exact tokens, and others in few bits, in the bytes of so many exact ones of each row."""
         method, layer = self.method, self._even(index)
         assert method.bits is not None
         assert layer.keys is not None
@@ -666,11 +629,10 @@ class EvictingCache(ListeningCache):
         widths = [values.shape[3] for values in (layer.keys, layer.values)]
         sizes = sum(widths) * layer.keys.element_size(), sum(packed_nbytes(width, method.bits) for width in widths)
         available = (score > float("-inf")).sum(2).amin(1).tolist()
-        limits = counts.tolist()
         if isinstance(method.keep, str) and method.keep.endswith("bytes"):
             # The memory is that of the batch, where each row takes as much as the longest.
             limits, available = [max(limits)] * len(limits), [max(available)] * len(limits)
-        protects = self._protected_counts(layer, layer.seen).tolist()
+        protects = self._protected_counts(index, layer, layer.seen)
         rows = [
             tier_counts(limit, there, method.exact, stay, *sizes)
             for limit, there, stay in zip(limits, available, protects, strict=True)
@@ -684,13 +646,13 @@ class EvictingCache(ListeningCache):
         layer.keep(places, real)
         self.layers[index] = TieredLayer.of(layer, rank < exact.view(-1, 1, 1), method.bits)
 
-    def _pyramid(self, counts: Tensor, layer: SelectiveLayer, place: int) -> Tensor:
-        sizes = counts, layer.notes["counted"], self._protected_counts(layer, layer.seen)
-        rows = [
-            pyramid_counts(count, available, len(self._places), protects, self.method.beta)[place]
-            for count, available, protects in zip(*(each.tolist() for each in sizes), strict=True)
+    def _pyramid(self, counts: list[int], index: int, layer: SelectiveLayer) -> list[int]:
+        layers, place = len(self._places), self._places.index(index)
+        sizes = counts, self._counted(index, layer), self._protected_counts(index, layer, layer.seen)
+        return [
+            pyramid_counts(count, available, layers, protects, self.method.beta)[place]
+            for count, available, protects in zip(*sizes, strict=True)
         ]
-        return torch.tensor(rows, device=counts.device)
 
     def _even(self, index: int) -> SelectiveLayer:
         """The layer, with as many places for each head."""
@@ -732,20 +694,22 @@ class EvictingCache(ListeningCache):
         layer.tracks["shift"] = shift
         layer.replace_keys(self._rotary.turn(layer.keys, turn if real is None else turn.masked_fill(~real, 0)))
 
-    def _counts(self, layer: SelectiveLayer) -> Tensor:
-        """Tokens of each head of a layer when the budget is shared evenly, [batch]."""
-        method, counted = self.method, layer.notes["counted"]
+    def _counts(self, index: int, layer: SelectiveLayer) -> list[int]:
+        """Tokens of each head of a layer when the budget is shared evenly, of each row."""
+        method, counted = self.method, self._counted(index, layer)
         keep = method.keep
         if isinstance(keep, str) and keep.endswith("bytes"):
-            count = self._affordable(int(keep.split()[0]), layer)
-            return counted.clamp_max(min(count, layer.seen))
-        rows = [max(kept_count(keep, seen), min(method.protects, seen)) for seen in counted.tolist()]
-        counts = torch.tensor(rows, device=counted.device)
-        return counts.maximum(self._protected_counts(layer, layer.seen)) if "given" in layer.notes else counts
+            most = min(self._affordable(int(keep.split()[0]), index, layer), layer.seen)
+            return [min(count, most) for count in counted]
+        counts = [max(kept_count(keep, count), min(method.protects, count)) for count in counted]
+        if "given" in layer.notes:
+            stay = self._protected_counts(index, layer, layer.seen)
+            counts = [max(count, least) for count, least in zip(counts, stay, strict=True)]
+        return counts
 
-    def _affordable(self, limit: int, layer: SelectiveLayer) -> int:
+    def _affordable(self, limit: int, index: int, layer: SelectiveLayer) -> int:
         """Tokens of each head that fit in so many bytes, beside the layers that see a window."""
-        least = max(int(self._protected_counts(layer, layer.seen).max()), self.method.protects, 1)
+        least = max(*self._protected_counts(index, layer, layer.seen), self.method.protects, 1)
         return self._fitting(limit, self._token_nbytes(layer), layer.seen, least)
 
     def _fitting(self, limit: int, token: int, seen: int, least: int) -> int:
@@ -792,22 +756,9 @@ class EvictingCache(ListeningCache):
         return layer.token_nbytes + channels.shape[0] * channels.shape[1] * dropped * layer.dtype.itemsize
 
 
-def _checker(cache: weakref.ref[EvictingCache]) -> Any:
-    def check(module: nn.Module, args: Any, options: Any = None) -> None:
-        found = cache()
-        if found is not None and options is not None:
-            found._prompt_of(args, options)
-
-    return check
-
-
-def _repeater(cache: weakref.ref[EvictingCache]) -> Any:
-    def repeat(module: nn.Module, args: Any, *others: Any) -> None:
-        found = cache()
-        if found is not None and len(others) == 2:
-            found._has_read(args, others[0])
-
-    return repeat
+def _fits(counts: list[int], counted: list[int]) -> list[bool]:
+    """Of each row whether it may keep as many tokens as count."""
+    return [count >= there for count, there in zip(counts, counted, strict=True)]
 
 
 def _layers(model: nn.Module) -> list[Any]:

@@ -36,10 +36,9 @@ class H2O(CachePolicy):
     interval: Annotated[int, Field(ge=1)] | None = 1
     """Evict while generating, too, every so many tokens; None: only when a prompt, or a part of one, has been read."""
 
-    def last(self, counts: Tensor) -> Tensor:
+    def last(self, count: int) -> int:
         # A share such as 0.29 of 100 must not come out just below 29.
-        share = ((counts - self.sink).double() * self.recent_share + 1e-9).long()
-        return super().last(counts).maximum(share)
+        return max(super().last(count), int((count - self.sink) * self.recent_share + 1e-9))
 
     def score(self, tokens: StoredTokens) -> Tensor:
         return tokens.tracks["received"]

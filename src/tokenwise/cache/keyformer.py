@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+import functools
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -69,10 +70,10 @@ class Keyformer(H2O):
 
     def _divisors(self, tokens: StoredTokens, queries: int) -> Divisors:
         """The noise, the same for a row whether it is padded or not, as what divides the exponentials of the scores."""
-        import torch
 
         from tokenwise.signals.gumbel import exponential_noise
 
+        lanes = _lanes(self.seed, tokens.layer * tokens.query_heads, tokens.query_heads, tokens.keys.device)
         pads = tokens.pads.view(-1, 1, 1)
         keys = tokens.positions - pads
         # Rows that are alike share their noise.
@@ -82,12 +83,21 @@ class Keyformer(H2O):
 
         def divisors(positions: Tensor, sequences: slice, heads: slice, end: int) -> Tensor:
             some = sequences if len(pads) > 1 else slice(None)
-            asked = torch.arange(heads.start, min(heads.stop, tokens.query_heads), device=positions.device)
             inner = slice(heads.start // shared, -(-heads.stop // shared))
             # [rows of the batch, heads that store others, heads that share them, queries, keys].
             looked_at = keys[some, inner, None, None, :end]
-            lanes = (tokens.layer * tokens.query_heads + asked).view(1, looked_at.shape[1], -1, 1, 1)
+            some_lanes = lanes[heads].view(1, looked_at.shape[1], -1, 1, 1)
             asking = (tokens.seen - queries + positions).view(1, 1, 1, -1, 1) - pads[some, :, :, None, None]
-            return exponential_noise(self.seed, lanes, asking, looked_at).flatten(1, 2)
+            return exponential_noise(some_lanes, asking, looked_at).flatten(1, 2)
 
         return divisors
+
+
+@functools.lru_cache(maxsize=1024)
+def _lanes(seed: int, first: int, count: int, device: Any) -> Tensor:
+    """What the noise of some heads begins with; for a generated token to make it anew takes as long as the noise."""
+    import torch
+
+    from tokenwise.signals.gumbel import lane_bits
+
+    return lane_bits(seed, torch.arange(first, first + count, device=device))

@@ -39,11 +39,12 @@ class Rotary:
         Returns:
             New keys, the same to the bit where steps is 0; `keys` itself where all are.
         """
-        moved = (steps != 0).expand(*keys.shape[:3])
-        if not bool(moved.any()):
+        steps = steps.expand(*keys.shape[:3])
+        moved = steps.nonzero(as_tuple=True)
+        if not len(moved[0]):
             return keys
         new = keys if in_place else keys.clone()
-        new[moved] = self._turned(keys[moved], *self._angles(steps.expand(*keys.shape[:3])[moved])).to(keys.dtype)
+        new[moved] = self._turned(keys[moved], *self._angles(steps[moved])).to(keys.dtype)
         return new
 
     def by(self, steps: Tensor) -> Turn:

@@ -197,11 +197,17 @@ class SelectiveLayer(FollowingLayer):
         self.tracks = {name: _without(values, gone) for name, values in self.tracks.items()}
         self.rising = False
 
-    def sort(self) -> None:
-        """Let what is stored stand in the order of its positions."""
+    def sort(self) -> Tensor:
+        """Let what is stored stand in the order of its positions.
+
+        Returns:
+            Where each stood, [batch, heads, stored], int64.
+        """
         assert self.positions is not None
-        self.keep(self.positions.argsort(dim=2))
+        order = self.positions.argsort(dim=2)
+        self.keep(order)
         self.rising = True
+        return order
 
     def keep(self, index: Tensor, real: Tensor | None = None) -> None:
         """Store some of the tokens alone and free the memory of the others.
@@ -313,14 +319,9 @@ def append(roomy: Pair | None, before: Pair | None, new: Pair, spare: int) -> tu
 def _without(values: Tensor, gone: Tensor) -> Tensor:
     """`values` ([batch, heads, tokens]) with the last one at the place of the one that is gone."""
     values = values.expand(-1, max(values.shape[1], gone.shape[1]), -1)
-    moved = values[..., :-1].clone()
+    moved = values.clone(memory_format=torch.contiguous_format)
     last = values.shape[2] - 1
-    if last == 0:
-        return moved
-    inside = gone.expand(-1, values.shape[1], -1)
-    # Where it is the last one itself, nothing is to be moved.
-    place = inside.clamp_max(last - 1)
-    return moved.scatter_(2, place, torch.where(inside == last, moved.gather(2, place), values[..., last:]))
+    return moved.scatter_(2, gone.expand(-1, values.shape[1], -1), values[..., last:])[..., :last]
 
 
 def take_heads(values: Tensor, index: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from tokenwise.policies.apportion import apportion
 
 
 def protected(
-    positions: Tensor, pads: Tensor, seen: int, sink: int, recent: Tensor, given: Tensor | None = None
+    positions: Tensor, pads: Tensor, seen: int, sink: int, recent: Sequence[int], given: Tensor | None = None
 ) -> Tensor:
     """Which tokens stay whatever their score: the first, the last, and those that are given.
 
@@ -20,14 +20,19 @@ def protected(
         pads: columns of padding in front of each row, [batch].
         seen: columns so far.
         sink: how many of the first tokens.
-        recent: how many of the last tokens of each row, [batch].
+        recent: how many of the last tokens, of each row.
         given: which columns else, [batch, any], bool.
 
     Returns:
         [batch, heads, stored], bool; padding is never protected.
     """
-    pads, recent = pads.view(-1, 1, 1), recent.view(-1, 1, 1)
-    stay = (positions < pads + sink) | (positions >= seen - recent)
+    pads = pads.view(-1, 1, 1)
+    end: int | Tensor = seen - recent[0]
+    if len(set(recent)) > 1:
+        end = seen - torch.tensor(recent, device=positions.device).view(-1, 1, 1)
+    stay = positions >= end
+    if sink:
+        stay = stay | (positions < pads + sink)
     if given is not None:
         columns = torch.nn.functional.pad(given, (0, seen - given.shape[1]))
         stay = stay | columns.gather(1, positions.flatten(1)).view_as(positions)
@@ -57,17 +62,19 @@ def best_of_each_head(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | 
     return places.clamp_min(0), real
 
 
-def worst_of_each_head(scores: Tensor, positions: Tensor) -> Tensor:
+def worst_of_each_head(scores: Tensor, positions: Tensor) -> Tensor | None:
     """The place of the token with the smallest score, of equal ones the one with the largest position.
 
     Args:
         scores, positions: [batch, heads, stored], positions in any order; either may have one head.
 
     Returns:
-        [batch, heads, 1], int64.
+        [batch, heads, 1], int64; None where the smallest of any head is NaN or -inf.
     """
-    least = scores == scores.amin(2, keepdim=True)
-    return torch.where(least, positions, -1).argmax(2, keepdim=True)
+    least = scores.amin(2, keepdim=True)
+    if not bool((least > float("-inf")).all()):
+        return None
+    return torch.where(scores == least, positions, -1).argmax(2, keepdim=True)
 
 
 def best_of_all(scores: Sequence[Tensor], totals: Tensor, floors: Tensor) -> list[Tensor]:
