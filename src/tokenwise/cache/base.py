@@ -28,10 +28,11 @@ class StoredTokens:
     Args:
         keys: [batch, key heads, stored, head_dim], after rotary embedding.
         values: [batch, key heads, stored, value_dim].
-        positions: of each stored token among all seen, [batch, key heads or 1, stored], int64.
+        positions: of each stored token among all seen, [batch, key heads or 1, stored], int64; all padding of a row is
+            counted in front, whether it stands there or before a later turn.
         real: which count; the others are padding or fill up rows, [batch, key heads or 1, stored], bool. None where all
             do.
-        pads: columns of padding in front of each row, [batch], int64.
+        pads: columns of each row that are padding, [batch], int64.
         seen: columns seen so far, padding included.
         layer: index of the layer among those whose cache is evicted from, from 0.
         layers: how many of these there are.
@@ -43,10 +44,10 @@ class StoredTokens:
             tokens, 0 for new ones. ``received`` where the method reads it: the attention each key has received, summed
             over queries and the heads that share the key, fp32.
         notes: what it knows of each row, by name, each [batch, ...]. ``queries`` where it reads them: the last
-            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim].
-            ``given`` where the user protects tokens: which columns, [batch, any], bool.
-            ``repeats`` while the prompt is repeated, where the method reads it: the column of the token that each query
-            repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
+            `CachePolicy.window` queries, [batch, query heads, window or fewer, head_dim]; ``asked``, which of these are
+            no padding, [batch, window or fewer], bool, where not all are known to be none.
+            ``repeats`` while the prompt is repeated, where the method reads it: the position of the token that each
+            query repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
         rotary: how the model turns queries and keys, where the method reads it.
         sinks: a further score of each query head, as of `AttentionCall`, [query heads], or None.
         earlier: what the layers before noted for this one while the same tokens were scored, by name, each
@@ -54,6 +55,7 @@ class StoredTokens:
             first layer, and where nothing had to go yet.
         counts: while tokens are scored, how many of them each head of a row is to keep, were the layer's budget shared
             evenly; of each row.
+        given: which positions the user protects, [batch, seen], bool, or None.
     """
 
     keys: Tensor
@@ -74,6 +76,7 @@ class StoredTokens:
     sinks: Tensor | None = None
     earlier: dict[str, Tensor] = field(default_factory=dict)
     counts: Sequence[int] = ()
+    given: Tensor | None = None
 
     def over_queries(self, values: Tensor) -> Tensor:
         """[batch, query heads, ...] as the heads that share a key beside each other: [batch, key heads, group, ...]."""
@@ -108,7 +111,8 @@ class StoredTokens:
         # In place: new memory of this size takes longer than the work.
         scores.masked_fill_(~seen.unsqueeze(2), torch.finfo(scores.dtype).min)
         rows = attention_softmax(scores, self.grouped_sinks(), in_place=True)
-        return rows.mul_((places >= self.pads.view(-1, 1)).view(-1, 1, 1, count, 1))
+        asked = self.notes.get("asked")
+        return rows if asked is None else rows.mul_(asked.view(-1, 1, 1, count, 1))
 
     def received(self, call: AttentionCall, temperature: float = 1.0, divisors: Divisors | None = None) -> Tensor:
         """The attention that each stored token receives from the queries of a call, padding left out.
@@ -120,11 +124,19 @@ class StoredTokens:
         Returns:
             [batch, key heads, stored], summed over the queries and the heads that share a key, fp32.
         """
-        queries = call.query.shape[2]
-        shown = self.notes.get("shown")
-        valid = None if shown is None else shown[:, -queries:]
-        count = queries if valid is None else valid.sum(1).clamp_min(1)[:, None, None]
-        return (call.columns(valid, temperature, divisors) * count).unflatten(1, (call.key.shape[1], -1)).sum(2)
+        valid = self.asking(call)
+        found = call.columns(valid, temperature, divisors)
+        if valid is not None:
+            found = found * valid.sum(1).clamp_min(1)[:, None, None]
+        elif call.query.shape[2] > 1:
+            found = found * call.query.shape[2]
+        return found.unflatten(1, (call.key.shape[1], -1)).sum(2)
+
+    def asking(self, call: AttentionCall) -> Tensor | None:
+        """Which queries of a call are no padding, [batch, queries], bool; None where none is."""
+        from tokenwise.cache.padding import asking
+
+        return asking(self.notes, self.seen, call.query.shape[2])
 
     def accumulate(self, name: str, values: Tensor) -> None:
         """Add `values`, [batch, key heads or 1, stored], to a track."""
@@ -229,7 +241,7 @@ class CachePolicy(CacheMethod):
         """Which of the tokens that are scored stay whatever their score, [batch, key heads or 1, stored], bool."""
         from tokenwise.policies.eviction import protected
 
-        counts, given = tokens.counts, tokens.notes.get("given")
+        counts, given = tokens.counts, tokens.given
         if given is not None:
             # A share of the budget for the last tokens is one of what the given ones leave.
             counts = [count - some for count, some in zip(counts, given.sum(1).tolist(), strict=True)]

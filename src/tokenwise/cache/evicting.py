@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.base import CachePolicy, StoredTokens
-from tokenwise.cache.padding import seen_columns
+from tokenwise.cache.padding import at_places, given_places, in_front, note_padding, note_queries, take_padding
 from tokenwise.cache.refusals import (
     expected_token_nbytes,
     narrows,
@@ -75,7 +75,7 @@ class EvictingCache(ListeningCache):
         self._attentions: dict[int, Any] = {index: attentions[index] for index in self._places}
         self._calls: dict[int, tuple[float, float | None, int, Tensor | None]] = {}
         self._pending: dict[int, tuple[Tensor, list[int]]] = {}
-        self._left_out: dict[int, tuple[Tensor, list[int]]] = {}
+        self._pads: dict[int, tuple[Tensor, list[int]]] = {}
         self._evicted_at: dict[int, int] = {}
         self._observed_at: dict[int, int] = {}
         self._earlier: dict[str, Tensor] = {}
@@ -308,9 +308,9 @@ class EvictingCache(ListeningCache):
                 if min(seen) == 0:
                     self.layers[index] = SelectiveLayer()
                 elif layer.seen > min(seen):
-                    # Of each row as much is left out in every layer.
+                    # Of each row as much is padding in every layer.
                     behind = self._selective(self._places[seen.index(min(seen))])
-                    layer.notes["left_out"] = behind.notes["left_out"].to(layer.notes["left_out"].device)
+                    take_padding(layer.notes, behind.notes)
                     layer.take_back(min(seen))
             for index, layer in enumerate(self.layers):
                 if index not in self._attentions:
@@ -331,7 +331,7 @@ class EvictingCache(ListeningCache):
         again = self.second if self.second is not None and self.second.under_way else None
         reading = tokens > 1 or layer.seen == tokens or again is not None or self._holds(layer.seen - tokens)
         if reading and again is None:
-            self._note_padding(layer, call)
+            note_padding(layer.notes, call, layer.seen)
             self._note_given(index, layer)
         call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
@@ -377,19 +377,6 @@ class EvictingCache(ListeningCache):
             full_bytes=self.full_nbytes(),
         )
 
-    def _note_padding(self, layer: SelectiveLayer, call: AttentionCall) -> None:
-        """Count the padding of each row."""
-        batch, device = call.query.shape[0], call.query.device
-        last = seen_columns(call)
-        if last is None:
-            for name in ("pads", "left_out"):
-                layer.notes[name] = torch.zeros(batch, dtype=torch.long, device=device)
-            return
-        layer.notes["pads"] = last.long().argmax(1)
-        layer.notes["left_out"] = layer.seen - last.sum(1)
-        if not bool(last.all()):
-            layer.notes["shown"] = last
-
     def _note_given(self, index: int, layer: SelectiveLayer) -> None:
         """Note which tokens of each row the user protects, once, when the first of them have been stored."""
         if self.protect is None or "given" in layer.notes:
@@ -400,8 +387,7 @@ class EvictingCache(ListeningCache):
             message = f"has {len(given)} rows, and the batch {len(pads)}."
             raise InputError(Problem("protect", message, "Give one row, or one for each."))
         # Beams and several answers of a row stand beside each other.
-        given = given.repeat_interleave(len(pads) // len(given), 0)
-        layer.notes["given"] = given & (torch.arange(given.shape[1], device=pads.device) >= pads.unsqueeze(1))
+        layer.notes["given"] = given = given.repeat_interleave(len(pads) // len(given), 0)
         keep, most = self.method.keep, max(self._protected_counts(index, layer, max(layer.seen, given.shape[1])))
         if isinstance(keep, str) and keep.endswith("tokens") and int(keep.split()[0]) < most:
             message = f"{keep!r} is less than the {most} tokens of a row that stay whatever their score."
@@ -409,21 +395,21 @@ class EvictingCache(ListeningCache):
 
     def _counted(self, index: int, layer: SelectiveLayer) -> list[int]:
         """Of each row how many tokens seen count: padding does not."""
-        left_out = layer.notes["left_out"]
-        known = self._left_out.get(index)
-        if known is None or known[0] is not left_out:
+        pads = layer.notes["pads"]
+        known = self._pads.get(index)
+        if known is None or known[0] is not pads:
             # Asked for when it changes, not at each token: on a GPU to ask is to wait.
-            known = self._left_out[index] = left_out, left_out.tolist()
+            known = self._pads[index] = pads, pads.tolist()
         return [layer.seen - some for some in known[1]]
 
     def _protected_counts(self, index: int, layer: SelectiveLayer, seen: int) -> list[int]:
         """Of each row how many of the tokens seen stay whatever their score and the budget."""
-        method, pads, given = self.method, layer.notes["pads"], layer.notes.get("given")
+        method, pads, given = self.method, layer.notes["pads"], given_places(layer.notes, seen)
         if given is None:
             return [min(count, method.protects) for count in self._counted(index, layer)]
-        columns = torch.arange(seen, device=pads.device).expand(len(pads), 1, -1)
+        places = torch.arange(seen, device=pads.device).expand(len(pads), 1, -1)
         recent = [max(method.recent, method.window)] * len(pads)
-        counts: list[int] = protected(columns, pads, seen, method.sink, recent, given).sum((1, 2)).tolist()
+        counts: list[int] = protected(places, pads, seen, method.sink, recent, given).sum((1, 2)).tolist()
         return counts
 
     def _observe(self, index: int, layer: SelectiveLayer, call: AttentionCall, whole: Tensor | None) -> None:
@@ -431,11 +417,7 @@ class EvictingCache(ListeningCache):
         if method.window:
             # Queries of generated tokens may not have been read: what stood before them is no longer among the last.
             follows = self._observed_at.get(index) == layer.seen - call.query.shape[2]
-            before = layer.notes.get("queries") if follows else None
-            queries = call.query[:, :, -method.window :]
-            if before is not None:
-                queries = torch.cat([before, queries], 2)[:, :, -method.window :]
-            layer.notes["queries"] = queries.clone() if queries.shape[2] < call.query.shape[2] else queries
+            note_queries(layer.notes, call.query, method.window, layer.seen, follows)
         self._observed_at[index] = layer.seen
         self._look_on(index, layer, call, whole)
 
@@ -463,7 +445,7 @@ class EvictingCache(ListeningCache):
         return StoredTokens(
             layer.keys,
             layer.values,
-            layer.positions,
+            in_front(layer.notes, layer.positions, layer.seen),
             real,
             layer.notes["pads"],
             layer.seen,
@@ -478,6 +460,7 @@ class EvictingCache(ListeningCache):
             rotary=self._rotary,
             sinks=sinks,
             earlier=self._earlier,
+            given=given_places(layer.notes, layer.seen),
             counts=counts,
         )
 
@@ -498,11 +481,17 @@ class EvictingCache(ListeningCache):
         if not layer.rising and not one:
             # Of equal scores the first stay.
             layer.sort()
+        if "places" in layer.notes and "shown" in layer.notes:
+            # Padding between tokens goes to the front: what stands side by side may be scored together.
+            layer = self._even(index)
+            assert layer.positions is not None
+            layer.keep(in_front(layer.notes, layer.positions, layer.seen).argsort(dim=2, stable=True))
+            layer.rising = False
         scores = self._scores(index, layer, counts)
         if not (one and self._drops_one(layer, scores)):
             self._choose(index, layer, scores, counts)
         if "earlier" in self.method.reads:
-            self._earlier["kept"] = self.kept(index).any(1)
+            self._earlier["kept"] = at_places(layer.notes, self.kept(index).any(1))
         if index == self._places[-1]:
             self._earlier = {}
 
@@ -685,10 +674,10 @@ class EvictingCache(ListeningCache):
         assert self._rotary is not None
         assert layer.keys is not None
         assert layer.positions is not None
-        real = layer.real if shown is None else shown
-        standing = layer.positions if real is None else layer.positions.masked_fill(~real, -1)
+        real, places = layer.real if shown is None else shown, in_front(layer.notes, layer.positions, layer.seen)
+        standing = places if real is None else places.masked_fill(~real, -1)
         behind = standing.argsort(dim=2, descending=True).argsort(dim=2) + 1
-        shift = (layer.seen - behind) - layer.positions
+        shift = (layer.seen - behind) - places
         before = layer.tracks.get("shift")
         turn = shift if before is None else shift - before
         layer.tracks["shift"] = shift

@@ -50,8 +50,8 @@ class ExpectedAttention(CachePolicy):
 
         assert tokens.rotary is not None
         count, notes = call.query.shape[2], tokens.notes
-        places = torch.arange(tokens.seen - count, tokens.seen, device=call.query.device)
-        counts = places >= (tokens.pads + self.sink).unsqueeze(1)
+        places = tokens.positions[:, 0, -count:] - tokens.pads.unsqueeze(1)
+        counts = places >= self.sink
         if tokens.real is not None:
             counts = counts & tokens.real[:, 0, -count:]
         if "query_mean" not in notes:
@@ -60,7 +60,7 @@ class ExpectedAttention(CachePolicy):
             notes["query_count"] = torch.zeros_like(tokens.pads)
         for start in range(0, count, _BLOCK):
             some = slice(start, start + _BLOCK)
-            queries = tokens.rotary.turn_back(call.query[:, :, some], places[some])
+            queries = tokens.rotary.turn_back(call.query[:, :, some], places[:, None, some])
             self._add(notes, queries, counts[:, some])
 
     def _add(self, notes: dict[str, Tensor], queries: Tensor, counts: Tensor) -> None:
@@ -83,12 +83,13 @@ class ExpectedAttention(CachePolicy):
 
         assert tokens.rotary is not None
         ahead = torch.arange(tokens.seen, tokens.seen + self.future, device=tokens.keys.device)
-        turn = tokens.rotary.mean_turn(ahead, tokens.keys.shape[3])
+        turn = tokens.rotary.mean_turn(ahead - tokens.pads.unsqueeze(1), tokens.keys.shape[3])
         mean = tokens.over_queries(tokens.notes["query_mean"] @ turn).unsqueeze(4)
         spread = None
         if self.covariance:
             count = tokens.notes["query_count"].clamp_min(1).view(-1, 1, 1, 1)
-            spread = tokens.over_queries(turn.T @ (tokens.notes["query_scatter"] / count) @ turn)
+            turn = turn.unsqueeze(1)
+            spread = tokens.over_queries(turn.mT @ (tokens.notes["query_scatter"] / count) @ turn)
         logits = []
         for keys in tokens.keys.unsqueeze(2).split(_BLOCK, 3):
             keys = keys.float() * tokens.scaling

@@ -75,10 +75,10 @@ class Keyformer(H2O):
 
         lanes = _lanes(self.seed, tokens.layer * tokens.query_heads, tokens.query_heads, tokens.keys.device)
         pads = tokens.pads.view(-1, 1, 1)
-        keys = tokens.positions - pads
+        keys, last = tokens.positions - pads, tokens.positions[:, 0, -queries:] - tokens.pads.unsqueeze(1)
         # Rows that are alike share their noise.
         if len(pads) > 1 and bool((keys == keys[:1]).all()) and bool((pads == pads[:1]).all()):
-            keys, pads = keys[:1], pads[:1]
+            keys, pads, last = keys[:1], pads[:1], last[:1]
         shared = tokens.query_heads // keys.shape[1]
 
         def divisors(positions: Tensor, sequences: slice, heads: slice, end: int) -> Tensor:
@@ -87,7 +87,7 @@ class Keyformer(H2O):
             # [rows of the batch, heads that store others, heads that share them, queries, keys].
             looked_at = keys[some, inner, None, None, :end]
             some_lanes = lanes[heads].view(1, looked_at.shape[1], -1, 1, 1)
-            asking = (tokens.seen - queries + positions).view(1, 1, 1, -1, 1) - pads[some, :, :, None, None]
+            asking = last[some, None, None][..., positions].unsqueeze(4)
             return exponential_noise(some_lanes, asking, looked_at).flatten(1, 2)
 
         return divisors

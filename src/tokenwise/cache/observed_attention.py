@@ -31,7 +31,9 @@ class ObservedAttention(CachePolicy):
 
     def observe(self, tokens: StoredTokens, call: AttentionCall) -> None:
         super().observe(tokens, call)
-        tokens.accumulate("observers", (tokens.seen - tokens.positions).clamp_max(call.query.shape[2]))
+        asking, since = tokens.asking(call), tokens.seen - tokens.positions
+        most = call.query.shape[2] if asking is None else asking.sum(1).view(-1, 1, 1)
+        tokens.accumulate("observers", since.clamp_max(most))
 
     def score(self, tokens: StoredTokens) -> Tensor:
         shared = tokens.query_heads // tokens.keys.shape[1]

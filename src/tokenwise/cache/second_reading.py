@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokenwise.cache.padding import in_front
 from tokenwise.errors import InputError, Problem
 from tokenwise.models.selective_kv import SelectiveLayer
 
@@ -67,7 +68,8 @@ class SecondReading:
             for more, repeats in cache.method.repetitions(ids.clamp_min(0).gather(1, order), real.gather(1, order)):
                 for index, layer in windows.items():
                     cache.layers[index] = copy.copy(layer)
-                self._repeats = torch.where(repeats < 0, repeats, columns.gather(1, repeats.clamp_min(0)))
+                found = in_front(first.notes, columns.gather(1, repeats.clamp_min(0)).unsqueeze(1), first.seen)
+                self._repeats = torch.where(repeats < 0, repeats, found.squeeze(1))
                 options: dict[str, Tensor] = {}
                 if mask is not None:
                     options["attention_mask"] = torch.cat([mask, (repeats > -2).to(mask.dtype)], 1)

@@ -44,7 +44,11 @@ class SnapKV(CachePolicy):
     def score(self, tokens: StoredTokens) -> Tensor:
         from torch.nn.functional import avg_pool1d
 
-        found = tokens.window_rows().mean((2, 3))
+        rows, asked = tokens.window_rows(), tokens.notes.get("asked")
+        found = rows.mean((2, 3))
+        if asked is not None:
+            # A mean over the queries there are.
+            found *= (asked.shape[1] / asked.sum(1).clamp_min(1)).view(-1, 1, 1)
         # The window stays anyway: what it looks at within itself is not spread to those before it.
         found = found.masked_fill(tokens.positions >= tokens.seen - self.window, 0)
         return avg_pool1d(found, self.kernel, stride=1, padding=self.kernel // 2)

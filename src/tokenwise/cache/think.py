@@ -43,15 +43,15 @@ class ThinK(SnapKV):
     """Tokens keep their positions: a key without all of its channels cannot be turned."""
 
     def key_channels(self, tokens: StoredTokens) -> Tensor:
-        import torch
 
         queries = tokens.over_queries(tokens.notes["queries"].float()).square()
-        places = torch.arange(tokens.seen - queries.shape[3], tokens.seen, device=queries.device)
-        read = (places >= tokens.pads.unsqueeze(1)).view(-1, 1, 1, len(places), 1)
+        asked = tokens.notes.get("asked")
+        if asked is not None:
+            queries = queries * asked[:, None, None, :, None]
         keys = tokens.keys.float().square()
         if tokens.real is not None:
             keys = keys * tokens.real.unsqueeze(3)
         # Sums rank as means do.
-        weights = (queries * read).sum((2, 3)) * keys.sum(2)
+        weights = queries.sum((2, 3)) * keys.sum(2)
         count = kept_count(self.channels, weights.shape[2])
         return weights.argsort(dim=2, descending=True, stable=True)[..., :count].sort(dim=2).values

@@ -58,7 +58,7 @@ class Rotary:
 
         Args:
             queries: [batch, heads, tokens, head_dim], as the model turned them.
-            positions: where they stand, [tokens], int64.
+            positions: where they stand, int64, which broadcast to [batch, heads, tokens].
 
         Returns:
             [batch, heads, tokens, head_dim], fp32.
@@ -66,13 +66,14 @@ class Rotary:
         return self._turned(queries, *self._angles(-positions))
 
     def mean_turn(self, positions: Tensor, width: int) -> Tensor:
-        """The mean of the turns to `positions` ([any], int64).
+        """The mean of the turns to `positions` ([..., any], int64).
 
         Returns:
-            [width, width], fp32, to be multiplied with from the right by rows of `width` channels.
+            [..., width, width], fp32, to be multiplied with from the right by rows of `width` channels.
         """
-        cos, sin = self._angles(positions)
-        return self._turned(torch.eye(width, device=positions.device), cos.mean(0), sin.mean(0))
+        cos, sin = (part.mean(-2, keepdim=True) for part in self._angles(positions))
+        rows = torch.eye(width, device=positions.device).expand(*positions.shape[:-1], -1, -1)
+        return self._turned(rows, cos, sin)
 
     def _angles(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         angle = steps.unsqueeze(-1) * self.frequencies.to(steps.device)
