@@ -154,20 +154,20 @@ def find_rotaries(
         InputError: as `find_rotary`, or when a layer cannot be tried, or turns its keys otherwise than its rotary
             embedding says.
     """
-    known: dict[Any, Rotary] = {}
+    known: dict[Any, tuple[Rotary, Any]] = {}
     found = {}
     for index, attention in attentions.items():
         kind = type(attention), getattr(attention, "layer_type", None)
         if kind not in known:
-            known[kind] = find_rotary(model, attention, field, use, fix)
-        rotary = known[kind]
+            known[kind] = find_rotary(model, attention, field, use, fix), _embeddings(model, attention)[0][0]
+        rotary, embedding = known[kind]
         try:
-            start, end = _moved_keys(model, attention)
+            start, end = _moved_keys(model, attention, embedding)
             within = _CLOSE * start.norm()
             still = bool((end - start).norm() <= within)
             as_said = bool((rotary.turn(start, _steps(start)) - end).norm() <= within)
         except Exception as error:  # whatever keeps a model's own code from being called so
-            why = f"whether layer {index} of {type(model).__name__} does cannot be tried ({error})"
+            why = f"how layer {index} of {type(model).__name__} turns them cannot be tried ({error})"
             raise InputError(Problem(field, f"{use}, and {why}.", fix)) from error
         if not still and not as_said:
             why = f"layer {index} of {type(model).__name__} turns them otherwise than its rotary embedding says"
@@ -189,13 +189,13 @@ def _steps(keys: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _moved_keys(model: Any, attention: Any) -> tuple[Tensor, Tensor]:
+def _moved_keys(model: Any, attention: Any, embedding: Any) -> tuple[Tensor, Tensor]:
     """The keys that `attention` makes of the same token at position 0 and `_AHEAD`, [1, key heads, 1, head_dim]
     each, fp32."""
     device = _device(attention)
-    hidden = torch.randn(1, 1, attention.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 1, attention.config.hidden_size, generator=generator, device="cpu")
     hidden = hidden.to(device, model.get_input_embeddings().weight.dtype)
-    (embedding,), _ = _embeddings(model, attention)
     takes = inspect.signature(attention.forward).parameters
     if takes.keys().isdisjoint({"position_embeddings", "position_ids"}):
         raise TypeError(f"{type(attention).__name__} is not told positions")
@@ -209,7 +209,12 @@ def _moved_keys(model: Any, attention: Any) -> tuple[Tensor, Tensor]:
             positions = torch.full((1, 1), place, device=device)
             turns = embedding(hidden, positions, *([attention.layer_type] if typed else []))
             turns = turns.to(device) if isinstance(turns, Tensor) else tuple(each.to(device) for each in turns)
-            given = {"position_embeddings": turns, "position_ids": positions, "attention_mask": None}
+            given: dict[str, Any] = {
+                "position_embeddings": turns,
+                "position_ids": positions,
+                "attention_mask": None,
+                "shared_kv_states": {},  # where Gemma 4 would leave keys for other layers
+            }
             options = {name: value for name, value in given.items() if name in takes}
             keys.append(attention_inputs(attention, hidden, **options).key.float())
     finally:
@@ -220,11 +225,11 @@ def _moved_keys(model: Any, attention: Any) -> tuple[Tensor, Tensor]:
 
 def _device(module: nn.Module) -> torch.device:
     """Where a module computes, wherever accelerate keeps its weights."""
-    hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
-    device = next(
-        (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None
-    )
-    return next(module.parameters()).device if device is None else torch.device(device)
+    for each in module.modules():
+        device = getattr(getattr(each, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
 
 
 def _quarter_turn(attention: nn.Module) -> list[float] | None:
