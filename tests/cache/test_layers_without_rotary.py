@@ -1,10 +1,17 @@
 """Models some of whose layers do not turn their keys: compact positions and expected attention leave them so."""
 
+import accelerate
 import pytest
 import torch
 from small_decoders import GROUPED, KINDS, decoder, difference, generate, prompt
 from torch import nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+)
 from transformers.models.smollm3.modeling_smollm3 import apply_rotary_pos_emb
 
 import tokenwise as tw
@@ -30,6 +37,18 @@ def test_which_layers_turn_their_keys_is_found_out(dtype):
     assert pairs_of(decoder("cohere2").to(dtype)) == {0: 4, 1: 0, 2: 0}
     for kind in KINDS:
         assert min(pairs_of(decoder(kind).to(dtype)).values()) > 0
+
+
+def test_layers_of_several_kinds_and_offloaded_ones_are_tried(tmp_path):
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    options = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 100, "hidden_size_per_layer_input": 4}
+    gemma = Gemma4ForCausalLM(Gemma4TextConfig(**GROUPED, **options, layer_types=kinds))
+    sliding, *full = pairs_of(gemma).values()
+    assert 0 < sliding < min(full)
+    model = accelerate.disk_offload(decoder("smollm3"), str(tmp_path), torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    assert pairs_of(model) == {0: 4, 1: 0, 2: 4}
+    assert {each.device.type for each in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(("kind", "plain"), [("smollm3", [1]), ("cohere2", [1, 2])])
