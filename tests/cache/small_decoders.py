@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -22,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 COMMON = {
@@ -71,10 +75,23 @@ KINDS = {
     ),
 }
 
+# Some of their layers, or all whose cache holds all tokens, do not turn their keys.
+PARTLY_ROTARY = {
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**GROUPED, no_rope_layers=[1, 0, 1])),
+    "cohere2": lambda: Cohere2ForCausalLM(
+        Cohere2Config(
+            **GROUPED,
+            logit_scale=1.0,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        )
+    ),
+}
+
 
 def decoder(kind: str = "llama") -> torch.nn.Module:
     torch.manual_seed(0)
-    model = KINDS[kind]().eval()
+    model = {**KINDS, **PARTLY_ROTARY}[kind]().eval()
     for name, values in model.named_parameters():
         if values.dim() > 1 and "embed" not in name:
             torch.nn.init.normal_(values, std=0.25)

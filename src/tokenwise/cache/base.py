@@ -48,7 +48,7 @@ class StoredTokens:
             no padding, [batch, window or fewer], bool, where not all are known to be none.
             ``repeats`` while the prompt is repeated, where the method reads it: the position of the token that each
             query repeats, -1 for a query that repeats none, -2 for padding, [batch, queries], int64.
-        rotary: how the model turns queries and keys, where the method reads it.
+        rotary: how this layer turns queries and keys, where the method reads it.
         sinks: a further score of each query head, as of `AttentionCall`, [query heads], or None.
         earlier: what the layers before noted for this one while the same tokens were scored, by name, each
             [batch, seen]. ``kept`` where the method reads ``earlier``: what the layer before stores. Empty in the

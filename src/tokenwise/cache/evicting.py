@@ -21,7 +21,7 @@ from tokenwise.cache.refusals import (
     problems_of,
     protection_problems,
     repeats,
-    rotary_for,
+    rotaries_for,
 )
 from tokenwise.cache.second_reading import SecondReading, forget_last
 from tokenwise.errors import InputError, Problem
@@ -87,7 +87,7 @@ class EvictingCache(ListeningCache):
         problems += protection_problems(protect)
         if problems:
             raise InputError(problems)
-        self._rotary = rotary_for(model, method, self._attentions[self._places[0]])
+        self._rotaries = rotaries_for(model, method, self._attentions)
         decoder = self.attach(model, self._attentions)
         self.second = SecondReading(self, decoder) if repeats(method, masked) else None
 
@@ -457,7 +457,7 @@ class EvictingCache(ListeningCache):
             self._attentions[index],
             layer.tracks,
             layer.notes,
-            rotary=self._rotary,
+            rotary=self._rotaries.get(index),
             sinks=sinks,
             earlier=self._earlier,
             given=given_places(layer.notes, layer.seen),
@@ -488,7 +488,7 @@ class EvictingCache(ListeningCache):
             layer.keep(in_front(layer.notes, layer.positions, layer.seen).argsort(dim=2, stable=True))
             layer.rising = False
         scores = self._scores(index, layer, counts)
-        if not (one and self._drops_one(layer, scores)):
+        if not (one and self._drops_one(index, layer, scores)):
             self._choose(index, layer, scores, counts)
         if "earlier" in self.method.reads:
             self._earlier["kept"] = at_places(layer.notes, self.kept(index).any(1))
@@ -590,9 +590,9 @@ class EvictingCache(ListeningCache):
                 layer.hide(shown | torch.zeros_like(shown).scatter_add(2, places, real))
             elif places.shape[2] < layer.stored or real is not None:
                 self._even(index).keep(places, real)
-            self._close_up(self._selective(index))
+            self._close_up(index, self._selective(index))
 
-    def _drops_one(self, layer: SelectiveLayer, scores: Tensor) -> bool:
+    def _drops_one(self, index: int, layer: SelectiveLayer, scores: Tensor) -> bool:
         """Let the worst token of each head go, unless scores are no numbers or of no token."""
         assert layer.keys is not None
         assert layer.positions is not None
@@ -600,12 +600,11 @@ class EvictingCache(ListeningCache):
         if gone is None:
             return False
         if self.method.positions == "compact":
-            assert self._rotary is not None
             # Those before it come one closer.
             turn = (layer.positions < take_heads(layer.positions, gone)).long()
             before = layer.tracks.get("shift")
             layer.tracks["shift"] = turn if before is None else before + turn
-            self._rotary.turn(layer.keys, turn, in_place=True)
+            self._rotaries[index].turn(layer.keys, turn, in_place=True)
         layer.drop(gone)
         return True
 
@@ -658,12 +657,12 @@ class EvictingCache(ListeningCache):
         layer = self._even(index)
         if self.masked:
             layer.hide(shown)
-            self._close_up(layer)
+            self._close_up(index, layer)
             return
-        self._close_up(layer, shown)
+        self._close_up(index, layer, shown)
         self.layers[index] = RaggedLayer.of(layer, shown)
 
-    def _close_up(self, layer: SelectiveLayer, shown: Tensor | None = None) -> None:
+    def _close_up(self, index: int, layer: SelectiveLayer, shown: Tensor | None = None) -> None:
         """Where positions are compact, turn the keys to where they stand among those that are left.
 
         Keys move towards the next token rather than the next token towards them: a rotary embedding knows distances
@@ -671,7 +670,6 @@ class EvictingCache(ListeningCache):
         """
         if self.method.positions != "compact":
             return
-        assert self._rotary is not None
         assert layer.keys is not None
         assert layer.positions is not None
         real, places = layer.real if shown is None else shown, in_front(layer.notes, layer.positions, layer.seen)
@@ -681,7 +679,8 @@ class EvictingCache(ListeningCache):
         before = layer.tracks.get("shift")
         turn = shift if before is None else shift - before
         layer.tracks["shift"] = shift
-        layer.replace_keys(self._rotary.turn(layer.keys, turn if real is None else turn.masked_fill(~real, 0)))
+        turn = turn if real is None else turn.masked_fill(~real, 0)
+        layer.replace_keys(self._rotaries[index].turn(layer.keys, turn))
 
     def _counts(self, index: int, layer: SelectiveLayer) -> list[int]:
         """Tokens of each head of a layer when the budget is shared evenly, of each row."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tokenwise.cache.base import CacheMethod, CachePolicy
 from tokenwise.errors import Problem
-from tokenwise.models.rotary import Rotary, find_rotary
+from tokenwise.models.rotary import Rotary, find_rotaries
 
 
 def narrows(method: CachePolicy) -> bool:
@@ -130,18 +130,18 @@ def protection_problems(protect: Any) -> list[Problem]:
     return []
 
 
-def rotary_for(model: nn.Module, method: CachePolicy, attention: Any) -> Rotary | None:
-    """How the model turns its keys, where the method has to know.
+def rotaries_for(model: nn.Module, method: CachePolicy, attentions: dict[int, Any]) -> dict[int, Rotary]:
+    """How the model turns the keys of each layer, by its index, where the method has to know; else empty.
 
     Raises:
         InputError: when it turns them in a way that is not known.
     """
     if method.positions == "compact":
-        return find_rotary(model, attention)
+        return find_rotaries(model, attentions)
     if "rotary" in method.reads:
         use = f"{type(method).__name__} reads queries as they were before they were turned"
-        return find_rotary(model, attention, "method", use, "Use a method such as snap_kv.")
-    return None
+        return find_rotaries(model, attentions, "method", use, "Use a method such as snap_kv.")
+    return {}
 
 
 def _tier_problems(method: CachePolicy, masked: bool) -> list[Problem]:
