@@ -213,3 +213,35 @@ def test_a_gradient_flows_through_what_is_moved():
         found.append(gradient)
     assert float(found[2].abs().max()) > 1e-2
     torch.testing.assert_close(found[0] + found[1], found[2], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_generated_after_a_padded_turn_is_as_alone(name):
+    model, method = model_of(), METHODS[name].replace(keep=0.4)
+    ids, mask, ends = batch_of(TURNS)
+    with tw.evict(model, method) as cache:
+        read(cache, ids, mask, ends[:1])
+        found = generate(model, ids[:, : ends[1]], cache, attention_mask=mask[:, : ends[1]].long())
+    for row in range(2):
+        own = mask[row, : ends[1]]
+        with tw.evict(model, method) as cache:
+            read(cache, ids[row : row + 1, : ends[0]][:, own[: ends[0]]], own[None, own], [int(own[: ends[0]].sum())])
+            alone = generate(model, ids[row : row + 1, : ends[1]][:, own], cache)
+        for one, other in zip(found.logits, alone.logits, strict=True):
+            assert float((one[row] - other[0]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_beams_and_several_answers_follow_their_rows(name):
+    model, method = model_of(), METHODS[name].replace(keep=0.4)
+    ids, mask, ends = batch_of(TURNS)
+    found = []
+    for masked in (False, True):
+        with tw.evict(model, method, masked=masked) as cache:
+            read(cache, ids, mask, ends[:1])
+            cache.batch_repeat_interleave(3)
+            options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+            options["attention_mask"] = mask[:, : ends[1]].long()
+            found.append(generate(model, ids[:, : ends[1]], cache, **options))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert float((found[0].sequences_scores - found[1].sequences_scores).abs().max()) < 1e-9

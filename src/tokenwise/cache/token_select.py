@@ -64,12 +64,12 @@ class TokenSelect(CacheSelector):
         most = kept_count(self.keep, seen) - self.protects
         device, pads = call.query.device, tokens.pads.unsqueeze(1)
         start, end = pads + self.sink, seen - new + 1 - self.recent
-        # Up to where each row chooses: what stands behind is read anyway.
-        ends: int | Tensor = end
+        ends = None
         if tokens.new is None:
             if max(most, 0) + self.protects + new - 1 >= seen:
                 return None
         else:
+            # Rows have different numbers of new tokens, and each chooses among what stands before its own.
             ends = end + (~tokens.new).sum(1, keepdim=True)
             kept = kept_counts(self.keep, seen - tokens.pads).clamp_min(self.protects).unsqueeze(1)
             if bool((kept - self.protects >= ends - start).all()):
@@ -77,7 +77,7 @@ class TokenSelect(CacheSelector):
         chosen = None
         if most > 0:
             columns = torch.arange(seen, device=device)
-            candidates = (columns >= start) & (columns < ends)
+            candidates = (columns >= start) & (columns < (end if ends is None else ends))
             counts, count = None, torch.full_like(tokens.pads, most)
             if tokens.real is not None:
                 available = candidates.sum(1)
@@ -102,7 +102,7 @@ class TokenSelect(CacheSelector):
         last = torch.arange(end, seen, device=device).expand(len(pads), -1)
         if tokens.real is not None:
             first = first.masked_fill(first >= seen, -1)
-            last = last.masked_fill(last < (start if tokens.new is None else start.maximum(ends)), -1)
+            last = last.masked_fill(last < (start if ends is None else start.maximum(ends)), -1)
         parts = [first.unsqueeze(1), last.unsqueeze(1)]
         if chosen is not None:
             parts.insert(1, chosen)
@@ -111,15 +111,15 @@ class TokenSelect(CacheSelector):
 
 
 def _before(tokens: StoredTokens, most: int) -> Tensor:
-    """The last choice among the tokens as they stand now, [batch, 1, most]; -1 fills up."""
+    """The places of the last choice, [batch, 1, most]; -1 fills up."""
     from torch.nn.functional import pad
 
-    chosen = tokens.notes["chosen"]
-    chosen = pad(chosen, (most - chosen.shape[2], 0), value=-1)
-    if tokens.real is None:
-        return chosen
-    moved = (tokens.pads - tokens.notes["chosen_pads"]).view(-1, 1, 1)
-    return chosen.where(chosen < 0, chosen + moved)
+    chosen, pads = tokens.notes["chosen"], tokens.notes["chosen_pads"]
+    if pads is not tokens.pads:
+        # The padding of a later turn stands in front of these, too.
+        chosen = chosen.where(chosen < 0, chosen + (tokens.pads - pads).view(-1, 1, 1))
+        tokens.notes.update(chosen=chosen, chosen_pads=tokens.pads)
+    return pad(chosen, (most - chosen.shape[2], 0), value=-1)
 
 
 def _mean_query(query: Tensor, tokens: StoredTokens) -> Tensor:

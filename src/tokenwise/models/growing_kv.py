@@ -20,8 +20,8 @@ class GrowingLayer(FollowingLayer):
     Attributes:
         pads: columns of padding of each row, [batch], int64; None until that is known.
         padded: whether any row has some.
-        real: which of the first columns are no padding, where some stands between tokens, [batch, any], bool; those
-            behind are none. None where all padding stands in front.
+        real: which of the first columns are no padding, where some stands between tokens, [batch, any], bool; behind
+            them all are tokens. None where all padding stands in front.
         order: the column of each of the first places, where what is stored is in another order, [batch, any], int64;
             those behind stand at their columns. None where all do.
         notes: what is known of each row of the batch, by name, each [batch, ...]; forgotten when tokens are taken back.
@@ -123,8 +123,8 @@ class GrowingLayer(FollowingLayer):
             # What is noted of tokens is wrong where others are taken for padding than were before.
             self.notes = self.notes if torch.equal(self.shown(known.shape[1]), known) else {}
         self.pads, self.padded = pads, bool(pads.any())
-        # Behind the last padding of all rows places are columns.
-        self.real = real[:, : int((~real).any(0).nonzero().max()) + 1] if among else None
+        # Behind the last padding of all rows places are columns. A copy: it may be a row of a whole mask.
+        self.real = real[:, : int((~real).any(0).nonzero().max()) + 1].clone() if among else None
         self._arrange(self.real.byte().argsort(dim=1, stable=True) if move and self.real is not None else None)
 
     def restore_order(self) -> None:
