@@ -56,6 +56,8 @@ class StoredTokens:
         counts: while tokens are scored, how many of them each head of a row is to keep, were the layer's budget shared
             evenly; of each row.
         given: which positions the user protects, [batch, seen], bool, or None.
+        new: where each step reads some tokens, which of the call's own ones are no padding, [batch, queries], bool;
+            None where all are.
     """
 
     keys: Tensor
@@ -77,6 +79,7 @@ class StoredTokens:
     earlier: dict[str, Tensor] = field(default_factory=dict)
     counts: Sequence[int] = ()
     given: Tensor | None = None
+    new: Tensor | None = None
 
     def over_queries(self, values: Tensor) -> Tensor:
         """[batch, query heads, ...] as the heads that share a key beside each other: [batch, key heads, group, ...]."""
@@ -307,5 +310,6 @@ class CacheSelector(CacheMethod):
 
         Returns:
             Their places, [batch, key heads or 1, read], int64, rising; None where it reads all. Where a batch is
-            padded, rows may read different numbers: -1 fills up and stands first.
+            padded, rows may read different numbers: -1 fills up and stands first. All padding of a row, that of later
+            turns, too, stands in front of its tokens: what is noted of places moves when there is more of it.
         """

@@ -80,12 +80,18 @@ class SelectingCache(ListeningCache):
         places = self._read.get(layer)
         if places is None:
             shown = torch.ones(batch, heads, seen, dtype=torch.bool, device=stored.keys.device)
-            return shown if stored.pads is None else shown & _real(stored.pads, seen)
+            return shown if stored.pads is None else shown & stored.shown(seen).unsqueeze(1)
         return _shown(places, seen).expand(-1, heads, -1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         # Of a pass that broke off, some layers have seen the tokens and others have not.
         return min(self.layers[index].seen for index in self.places)
+
+    def undo(self) -> None:
+        # The model's masks go on to be made over columns, and nothing will turn them.
+        for index in self.places:
+            self.layers[index].restore_order()
+        super().undo()
 
     def reset(self) -> None:
         super().reset()
@@ -104,12 +110,17 @@ class SelectingCache(ListeningCache):
     def attended(self, index: int, call: AttentionCall) -> None:
         layer: GrowingLayer = self.layers[index]
         method, tokens = self.method, call.query.shape[2]
-        first = layer.seen == tokens
+        first, new = layer.seen == tokens, None
         if first or tokens > 1 or layer.pads is None:
-            _note_padding(layer, call)
+            new = _note_padding(layer, call, move=method.keep != 1.0)
         if method.keep == 1.0:
             return
-        self._select(index, layer, call, first)
+        if layer.order is not None:
+            assert layer.keys is not None
+            assert layer.values is not None
+            call.key, call.value = layer.keys, layer.values
+            call.mask = None if call.mask is None else layer.mask_of_places(call.mask)
+        self._select(index, layer, call, first, new)
         if index == self.places[-1]:
             read = [layer.seen if found is None else found.shape[2] for found in self._read.values()]
             self.stats.update(
@@ -119,21 +130,21 @@ class SelectingCache(ListeningCache):
                 full_bytes=self.full_nbytes(),
             )
 
-    def _select(self, index: int, layer: GrowingLayer, call: AttentionCall, first: bool) -> None:
+    def _select(self, index: int, layer: GrowingLayer, call: AttentionCall, first: bool, new: Tensor | None) -> None:
         """Have the call read what the method selects; all of it in the `first` one."""
         method, tokens = self.method, call.query.shape[2]
         with torch.no_grad():
-            stored = self._tokens(index, layer, call)
+            stored = self._tokens(index, layer, call, new)
             method.observe(stored, call)
             places = None if first or (tokens > 1 and not method.parts) else method.select(stored, call)
-        self._read[index] = places
+        self._read[index] = None if places is None else layer.columns_of(places)
         if places is not None:
             call.mask = _mask(call, places, stored.real is not None, self.masked)
             if not self.masked:
                 graded = torch.is_grad_enabled() and call.query.requires_grad
                 call.key, call.value = layer.take(places.clamp_min(0), None if graded else self._memory)
 
-    def _tokens(self, index: int, layer: GrowingLayer, call: AttentionCall) -> StoredTokens:
+    def _tokens(self, index: int, layer: GrowingLayer, call: AttentionCall, new: Tensor | None) -> StoredTokens:
         assert layer.keys is not None
         assert layer.values is not None
         assert layer.pads is not None
@@ -154,18 +165,25 @@ class SelectingCache(ListeningCache):
             {},
             layer.notes,
             sinks=call.sinks,
+            new=new,
         )
 
 
-def _note_padding(layer: GrowingLayer, call: AttentionCall) -> None:
-    """Count the padding of each row."""
-    batch, device = call.query.shape[0], call.query.device
+def _note_padding(layer: GrowingLayer, call: AttentionCall, move: bool) -> Tensor | None:
+    """Note the padding of each row, and `move` what stands between tokens.
+
+    Returns:
+        Which of the call's own tokens are none, [batch, queries], bool; None where all are.
+    """
+    batch, device, tokens = call.query.shape[0], call.query.device, call.query.shape[2]
     last = seen_columns(call)
-    if last is not None:
-        layer.pads = last.long().argmax(1)
-        layer.padded = bool(layer.pads.any())
-    elif layer.pads is None or layer.seen == call.query.shape[2]:
-        layer.pads, layer.padded = torch.zeros(batch, dtype=torch.long, device=device), False
+    if last is None:
+        if layer.pads is None or layer.seen == tokens:
+            layer.pads, layer.padded = torch.zeros(batch, dtype=torch.long, device=device), False
+        return None
+    layer.note_padding(last, tokens, move)
+    new = last[:, -tokens:]
+    return new if layer.padded and not bool(new.all()) else None
 
 
 def _real(pads: Tensor, seen: int) -> Tensor:

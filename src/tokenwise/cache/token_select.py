@@ -54,7 +54,7 @@ class TokenSelect(CacheSelector):
 
     def select(self, tokens: StoredTokens, call: AttentionCall) -> Tensor | None:
         import torch
-        from torch.nn.functional import cosine_similarity, pad
+        from torch.nn.functional import cosine_similarity
 
         from tokenwise.policies.budget import kept_count
         from tokenwise.policies.eviction import kept_counts, top_places
@@ -62,14 +62,22 @@ class TokenSelect(CacheSelector):
 
         seen, new = tokens.seen, call.query.shape[2]
         most = kept_count(self.keep, seen) - self.protects
-        if max(most, 0) + self.protects + new - 1 >= seen:
-            return None
         device, pads = call.query.device, tokens.pads.unsqueeze(1)
         start, end = pads + self.sink, seen - new + 1 - self.recent
+        ends = None
+        if tokens.new is None:
+            if max(most, 0) + self.protects + new - 1 >= seen:
+                return None
+        else:
+            # Rows have different numbers of new tokens, and each chooses among what stands before its own.
+            ends = end + (~tokens.new).sum(1, keepdim=True)
+            kept = kept_counts(self.keep, seen - tokens.pads).clamp_min(self.protects).unsqueeze(1)
+            if bool((kept - self.protects >= ends - start).all()):
+                return None
         chosen = None
         if most > 0:
             columns = torch.arange(seen, device=device)
-            candidates = (columns >= start) & (columns < end)
+            candidates = (columns >= start) & (columns < (end if ends is None else ends))
             counts, count = None, torch.full_like(tokens.pads, most)
             if tokens.real is not None:
                 available = candidates.sum(1)
@@ -82,20 +90,19 @@ class TokenSelect(CacheSelector):
                 same = cosine_similarity(tokens.notes["summary"].flatten(1), summary.flatten(1)) >= self.similarity
                 same = same & (count >= 0) & (tokens.notes["count"] == count)
             if same is not None and bool(same.all()):
-                chosen = pad(tokens.notes["chosen"], (most - tokens.notes["chosen"].shape[2], 0), value=-1)
+                chosen = _before(tokens, most)
             else:
                 found = votes(summary, tokens.keys, candidates).masked_fill(~candidates, -1).unsqueeze(1)
                 chosen = top_places(found, most, counts)
                 if same is not None and bool(same.any()):
-                    before = pad(tokens.notes["chosen"], (most - tokens.notes["chosen"].shape[2], 0), value=-1)
-                    chosen = torch.where(same.view(-1, 1, 1), before, chosen)
+                    chosen = torch.where(same.view(-1, 1, 1), _before(tokens, most), chosen)
                     summary = torch.where(same.view(-1, 1, 1), tokens.notes["summary"], summary)
-                tokens.notes.update(summary=summary, chosen=chosen, count=count)
+                tokens.notes.update(summary=summary, chosen=chosen, count=count, chosen_pads=tokens.pads)
         first = pads + torch.arange(self.sink, device=device)
         last = torch.arange(end, seen, device=device).expand(len(pads), -1)
         if tokens.real is not None:
             first = first.masked_fill(first >= seen, -1)
-            last = last.masked_fill(last < start, -1)
+            last = last.masked_fill(last < (start if ends is None else start.maximum(ends)), -1)
         parts = [first.unsqueeze(1), last.unsqueeze(1)]
         if chosen is not None:
             parts.insert(1, chosen)
@@ -103,10 +110,22 @@ class TokenSelect(CacheSelector):
         return places if tokens.real is None else places.sort(2).values
 
 
+def _before(tokens: StoredTokens, most: int) -> Tensor:
+    """The places of the last choice, [batch, 1, most]; -1 fills up."""
+    from torch.nn.functional import pad
+
+    chosen, pads = tokens.notes["chosen"], tokens.notes["chosen_pads"]
+    if pads is not tokens.pads:
+        # The padding of a later turn stands in front of these, too.
+        chosen = chosen.where(chosen < 0, chosen + (tokens.pads - pads).view(-1, 1, 1))
+        tokens.notes.update(chosen=chosen, chosen_pads=tokens.pads)
+    return pad(chosen, (most - chosen.shape[2], 0), value=-1)
+
+
 def _mean_query(query: Tensor, tokens: StoredTokens) -> Tensor:
     """The mean of the new queries that are no padding, [batch, heads, channels], fp32."""
     query = query.float()
-    if tokens.real is None or query.shape[2] == 1:
+    if tokens.new is None:
         return query.mean(2)
-    real = tokens.real[..., -query.shape[2] :].unsqueeze(3)
-    return (query * real).sum(2) / real.sum(2).clamp_min(1)
+    real = tokens.new[:, None, :, None]
+    return (query * real).sum(2) / real.sum(2)

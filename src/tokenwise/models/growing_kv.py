@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenwise.models.selective_kv import FollowingLayer, append, needs_gradient, spare_places
+from tokenwise.models.selective_kv import FollowingLayer, append, needs_gradient, spare_places, take_heads
 
 
 class GrowingLayer(FollowingLayer):
     """Stores all tokens in memory that has room for more, so that a new one copies none of the others.
 
+    Tokens stand at the places of their columns. Where a row has padding between its tokens, as when a later turn is
+    padded, what is stored is put in another order: padding in front, then the tokens.
+
     Attributes:
-        pads: columns of padding in front of each row, [batch], int64; None until that is known.
+        pads: columns of padding of each row, [batch], int64; None until that is known.
         padded: whether any row has some.
+        real: which of the first columns are no padding, where some stands between tokens, [batch, any], bool; behind
+            them all are tokens. None where all padding stands in front.
+        order: the column of each of the first places, where what is stored is in another order, [batch, any], int64;
+            those behind stand at their columns. None where all do.
         notes: what is known of each row of the batch, by name, each [batch, ...]; forgotten when tokens are taken back.
     """
 
@@ -24,6 +31,8 @@ class GrowingLayer(FollowingLayer):
         super().__init__(**options)
         self.pads: Tensor | None = None
         self.padded = False
+        self.real: Tensor | None = None
+        self.order: Tensor | None = None
         self.notes: dict[str, Tensor] = {}
         self._held: tuple[Tensor, Tensor] | None = None
 
@@ -93,14 +102,80 @@ class GrowingLayer(FollowingLayer):
         keys, values = (part.unflatten(0, index.shape) for part in found)
         return keys, values
 
+    def shown(self, count: int) -> Tensor:
+        """Which of the first `count` columns are no padding, [batch, count], bool."""
+        assert self.pads is not None
+        if self.real is not None:
+            return torch.nn.functional.pad(self.real, (0, count - self.real.shape[1]), value=True)
+        return torch.arange(count, device=self.pads.device) >= self.pads.unsqueeze(1)
+
+    def note_padding(self, real: Tensor, tokens: int, move: bool = True) -> None:
+        """Say which columns are padding.
+
+        Args:
+            real: which are none, [batch, seen], bool.
+            tokens: how many of the last columns are new.
+            move: whether padding between tokens is to be put in front of them.
+        """
+        known = real[:, : real.shape[1] - tokens]
+        pads, among = (~real).sum(1), bool((real[:, :-1] & ~real[:, 1:]).any())
+        if self.pads is not None and (among or self.real is not None):
+            # What is noted of tokens is wrong where others are taken for padding than were before.
+            self.notes = self.notes if torch.equal(self.shown(known.shape[1]), known) else {}
+        self.pads, self.padded = pads, bool(pads.any())
+        # Behind the last padding of all rows places are columns. A copy: it may be a row of a whole mask.
+        self.real = real[:, : int((~real).any(0).nonzero().max()) + 1].clone() if among else None
+        self._arrange(self.real.byte().argsort(dim=1, stable=True) if move and self.real is not None else None)
+
+    def restore_order(self) -> None:
+        """Let all tokens stand at the places of their columns."""
+        self._arrange(None)
+
+    def _arrange(self, order: Tensor | None) -> None:
+        if order is None and self.order is None:
+            return
+        assert self.keys is not None
+        places = torch.arange(self.seen, device=self.keys.device).expand(self.keys.shape[0], -1)
+        before, after = (_continued(each, places) for each in (self.order, order))
+        if not torch.equal(before, after):
+            self._held = self.take(before.argsort(dim=1).gather(1, after).unsqueeze(1))
+            self.keys, self.values = self._held
+        self.order = order
+
+    def columns_of(self, places: Tensor) -> Tensor:
+        """The columns of the tokens at `places`, [batch, heads, any], int64; -1 stays."""
+        if self.order is None:
+            return places
+        moved = self.order.shape[1]
+        found = take_heads(self.order.unsqueeze(1), places.clamp(0, moved - 1))
+        return torch.where((places < 0) | (places >= moved), places, found)
+
+    def mask_of_places(self, mask: Tensor) -> Tensor:
+        """A mask over columns, [batch or 1, heads, queries, seen], as one over places."""
+        if self.order is None:
+            return mask
+        batch, moved = self.order.shape
+        mask = mask.expand(batch, -1, -1, -1)
+        index = self.order.view(batch, 1, 1, moved).expand(-1, *mask.shape[1:3], -1)
+        return torch.cat([mask[..., :moved].gather(3, index), mask[..., moved:]], 3)
+
     def crop(self, tokens_to_remove: int) -> None:
+        left = self.seen + tokens_to_remove
+        real, move = self.real, self.order is not None
+        among = real is not None and tokens_to_remove < 0 and left < real.shape[1]
+        if among:
+            self.restore_order()
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.notes = {}
+        if among:
+            assert real is not None
+            self.note_padding(real[:, : self.seen], 0, move)
 
     def reset(self) -> None:
         super().reset()
         self.pads, self.padded, self.notes, self._held = None, False, {}, None
+        self.real, self.order = None, None
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._held is None:
@@ -108,5 +183,13 @@ class GrowingLayer(FollowingLayer):
         seen = self.seen
         self._held = change(self._held[0]), change(self._held[1])
         self.keys, self.values = (held[:, :, :seen] for held in self._held)
-        self.pads = None if self.pads is None else change(self.pads)
+        for name in ("pads", "real", "order"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(self, name, change(values))
         self.notes = {name: change(values) for name, values in self.notes.items()}
+
+
+def _continued(order: Tensor | None, places: Tensor) -> Tensor:
+    """`order` ([batch, any]), or none, for all of `places` ([batch, seen]); those behind it stand at their columns."""
+    return places if order is None else torch.cat([order, places[:, order.shape[1] :]], 1)
