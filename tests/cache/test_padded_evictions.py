@@ -1,0 +1,69 @@
+"""Padding between turns: what a row keeps, and what the model answers, is what it is alone, whatever the method."""
+
+import pytest
+import torch
+from conversations import assert_rows_are_as_alone
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_decoders import decoder
+
+import tokenwise as tw
+
+TURNS = [(30, 22), (12, 5), (3, 11), (1, 1), (6, 6), (1, 1), (2, 9)]
+"""Tokens of the first row and the second; single ones are generated."""
+# Scores that are averaged over neighbours are equal among few tokens, and rounding says which stay: kernel=1.
+METHODS = {
+    "snap_kv": tw.SnapKV(queries=4, kernel=1),
+    "pyramid_kv": tw.PyramidKV(queries=4, kernel=1),
+    "ada_kv": tw.AdaKV(queries=4, kernel=1),
+    "chunk_kv": tw.ChunkKV(queries=4, chunk=4, kernel=1),
+    "critical_kv": tw.CriticalKV(queries=4, kernel=1),
+    "h2o": tw.H2O(),
+    "keyformer": tw.Keyformer(),
+    "tova": tw.TOVA(),
+    "streaming_llm": tw.StreamingLLM(sink=1),
+    "sp_atten_cache": tw.SpAttenCache(),
+    "lag_kv": tw.LagKV(lag=4, sink=1),
+    "expected_attention": tw.ExpectedAttention(sink=1),
+    "observed_attention": tw.ObservedAttention(),
+    "key_diff": tw.KeyDiff(),
+    "k_norm": tw.KNorm(),
+    "think": tw.ThinK(queries=4, keep=0.4),
+    "kv_zip": tw.KVzip(sink=1, chunk=16),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_is_as_alone(name, masked):
+    assert_rows_are_as_alone(decoder(), METHODS[name].replace(keep=0.4, sink=2, recent=5), TURNS, masked=masked)
+
+
+@pytest.mark.parametrize("name", ["snap_kv", "ada_kv", "chunk_kv", "critical_kv", "pyramid_kv"])
+def test_neighbours_are_those_of_the_row(name):
+    method = METHODS[name].replace(keep=0.4, kernel=5)
+    assert_rows_are_as_alone(decoder(), method, [(30, 22), (12, 8), (9, 17)])
+
+
+@given(name=st.sampled_from(list(METHODS)), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_conversation_is_as_alone(name, data):
+    method, masked = METHODS[name], data.draw(st.booleans())
+    # One token read alone is a generated one, and is not beside a longer turn.
+    turn = st.sampled_from([(1, 1), *((one, other) for one in (2, 3, 5, 8, 21) for other in (2, 5, 13, 34))])
+    turns = data.draw(st.lists(turn, min_size=1, max_size=5))
+    method = method.replace(
+        keep=data.draw(st.sampled_from([0.05, 0.25, 0.4, 0.8, "9 tokens", "20 tokens", "60 tokens"])),
+        recent=data.draw(st.sampled_from([0, 2, 5])),
+        sink=data.draw(st.sampled_from([0, 1, 3])),
+    )
+    if name not in ("sp_atten_cache", "think"):
+        method = method.replace(positions=data.draw(st.sampled_from(["original", "compact"])))
+    if name not in ("sp_atten_cache", "kv_zip"):
+        method = method.replace(interval=data.draw(st.sampled_from([None, 1, 3])))
+        allocate = st.sampled_from(["evenly", "pyramid", "heads", "layers_and_heads"])
+        method = method.replace(allocate=data.draw(allocate))
+    protect = None
+    if isinstance(method.keep, float) and data.draw(st.booleans()):
+        protect = torch.arange(2 * max(turns[0])).view(2, -1) % 7 == data.draw(st.integers(0, 6))
+    assert_rows_are_as_alone(decoder(), method, turns, protect=protect, masked=masked)
