@@ -182,20 +182,21 @@ def test_what_is_generated_moves_nothing_again():
     model = decoder()
     ids, mask, ends = batch_of(TURNS)
     with tw.evict(model, tw.Quest(keep=0.4, page=4)) as cache:
-        read(cache, ids, mask, ends[:2])
-        read(cache, ids, mask, ends[2:3], ends[1])
+        read(cache, ids, mask, ends[:4])
+        read(cache, ids, mask, ends[4:5], ends[3])
         where, order = cache.layers[2].keys.data_ptr(), cache.layers[2].order
-        options = {"position_ids": torch.full((2, 1), 40), "attention_mask": mask.new_ones(2, ends[2] + 1).long()}
-        options["attention_mask"][:, : ends[2]] = mask[:, : ends[2]].long()
+        options = {"position_ids": torch.full((2, 1), 50), "attention_mask": mask.new_ones(2, ends[4] + 1).long()}
+        options["attention_mask"][:, : ends[4]] = mask[:, : ends[4]].long()
         model(ids[:, :1], past_key_values=cache, **options)
         assert cache.layers[2].keys.data_ptr() == where
         assert cache.layers[2].order is order
         # A prompt that is not padded is read behind it.
         whole = torch.nn.functional.pad(options["attention_mask"], (0, 2), value=1)
-        places = torch.tensor([[41, 42], [41, 42]])
-        kept = cache.layers[2].keys[:, :, : ends[2]].clone()
+        places = torch.tensor([[51, 52], [51, 52]])
+        kept = cache.layers[2].keys[:, :, : ends[4]].clone()
         model(ids[:, :2], past_key_values=cache, attention_mask=whole, position_ids=places)
-        assert torch.equal(cache.layers[2].keys[:, :, : ends[2]], kept)
+        assert torch.equal(cache.layers[2].keys[:, :, : ends[4]], kept)
+        assert cache.layers[2].keys.data_ptr() == where
 
 
 def test_a_gradient_flows_through_what_is_moved():
@@ -245,3 +246,27 @@ def test_beams_and_several_answers_follow_their_rows(name):
             found.append(generate(model, ids[:, : ends[1]], cache, **options))
     assert torch.equal(found[0].sequences, found[1].sequences)
     assert float((found[0].sequences_scores - found[1].sequences_scores).abs().max()) < 1e-9
+
+
+def test_a_padded_turn_that_fits_into_the_budget_is_read_where_it_stands():
+    model, method = model_of(), tw.TokenSelect(keep="42 tokens", sink=2, recent=3)
+    ids, mask, ends = batch_of(TURNS)
+    with tw.evict(model, method) as cache:
+        for turns in (2, 4):
+            # The first row is longer in the second of these.
+            read(cache, ids, mask, ends[:turns])
+            assert bool(cache._memory) == (turns == 4)
+            cache.reset()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_another_conversation_begins_anew(name):
+    model, method = model_of(), METHODS[name].replace(keep=0.4)
+    ids, mask, ends = batch_of(ONE_SIDED)
+    expected, kept, _ = conversation(model, method, ONE_SIDED)
+    with tw.evict(model, method) as cache:
+        read(cache, *batch_of(TURNS))
+        cache.reset()
+        found, stored = read(cache, ids, mask, ends)
+    assert float((found - expected)[mask].abs().max()) < 1e-9
+    assert all(torch.equal(one, other) for one, other in zip(stored, kept, strict=True))
