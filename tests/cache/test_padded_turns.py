@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from conversations import assert_rows_are_as_alone, batch_of, read
 from small_decoders import decoder, difference, generate
-from test_second_reading import assert_rows_are_as_alone, batch_of, read
 from transformers import DynamicCache
 
 import tokenwise as tw
