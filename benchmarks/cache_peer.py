@@ -4,8 +4,9 @@
 
 PYTHON is the interpreter of an environment of kvpress 0.5.5, which needs transformers below 5.3; it is started once and
 waits while tokenwise runs, and the other way round. Ratios are within a round, medians over the rounds. "plain" is the
-stock cache on both sides: what the versions of transformers make. "same" is the share of the decoded tokens that both
-chose up to the first in which they differ.
+stock cache on both sides: what the versions of transformers make. "/ plain" is either side over its own stock cache in
+the same round, which tells a method's own cost from the rest of the model. "same" is the share of the decoded tokens
+that both chose up to the first in which they differ.
 """
 
 from __future__ import annotations
@@ -109,21 +110,31 @@ def main() -> None:
                 answer = json.loads(worker.stdout.readline())
                 return answer["seconds"], answer["tokens"]
 
-            print("| | kvpress s | tokenwise s | ratio | reading | decoding | same |\n" + "|---" * 7 + "|")
+            head = "kvpress s | tokenwise s | ratio | reading | decoding | kvpress / plain | tokenwise / plain | same"
+            print(f"| | {head} |\n" + "|---" * 9 + "|")
             for name in names:
                 fields, press = PAIRS[name]
                 method = None if name == "plain" else getattr(tw.cache, name)(**{"keep": KEEP, **fields})
-                rounds = []
+                rounds, plain = [], []
                 for turn in range(-1, chosen.rounds):
                     # Whoever comes first changes from round to round; the first is not counted.
                     first = theirs(press) if turn % 2 else None
                     own = ours(model, ids, chosen.decoded, method, getattr(time, chosen.clock))
                     other = first or theirs(press)
-                    rounds += [(other, own)] * (turn >= 0)
+                    stock = theirs({}), ours(model, ids, chosen.decoded, None, getattr(time, chosen.clock))
+                    if turn >= 0:
+                        rounds.append((other, own))
+                        plain.append(stock)
                 times = [statistics.median(sum(pair[who][0]) for pair in rounds) for who in (0, 1)]
                 parts = (sum, lambda seconds: seconds[0], lambda seconds: seconds[1])
                 ratios = [statistics.median(part(own[0]) / part(other[0]) for other, own in rounds) for part in parts]
-                cells = [f"{value:.2f}" for value in (*times, *ratios)]
+                costs = [
+                    statistics.median(
+                        sum(pair[who][0]) / sum(stock[who][0]) for pair, stock in zip(rounds, plain, strict=True)
+                    )
+                    for who in (0, 1)
+                ]
+                cells = [f"{value:.2f}" for value in (*times, *ratios, *costs)]
                 same = alike(*(tokens for _, tokens in rounds[-1]))
                 print(f"| {name} | {' | '.join(cells)} | {same:.0%} |", flush=True)
             worker.stdin.close()

@@ -115,7 +115,7 @@ def note_queries(notes: dict[str, Tensor], queries: Tensor, window: int, seen: i
         seen: columns so far.
         follows: whether these are the next after those that are noted.
     """
-    batch, heads, tokens, width = queries.shape
+    batch, tokens = queries.shape[0], queries.shape[2]
     real, before = asking(notes, seen, tokens), notes.pop("queries", None)
     asked = notes.pop("asked", None)
     if before is None or not follows:
@@ -132,10 +132,18 @@ def note_queries(notes: dict[str, Tensor], queries: Tensor, window: int, seen: i
     ]
     asked = torch.cat(parts, 1)
     order = asked.long().argsort(dim=1, stable=True)[:, -window:]
-    index = order[:, None, :, None].expand(-1, heads, -1, width)
-    notes["queries"], asked = torch.cat([before, queries], 2).gather(2, index), asked.gather(1, order)
+    earlier = before.shape[2]
+    found = _taken(queries, (order - earlier).clamp_min(0))
+    if earlier:
+        found = torch.where((order < earlier)[:, None, :, None], _taken(before, order.clamp_max(earlier - 1)), found)
+    notes["queries"], asked = found, asked.gather(1, order)
     if real is None or not bool(asked.all()):
         notes["asked"] = asked
+
+
+def _taken(queries: Tensor, index: Tensor) -> Tensor:
+    """Of `queries` ([batch, heads, tokens, head_dim]) those at `index` ([batch, taken])."""
+    return queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
 
 
 def _places(notes: dict[str, Tensor], seen: int) -> Tensor | None:
