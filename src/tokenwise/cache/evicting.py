@@ -14,7 +14,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tokenwise.cache.attaching import ListeningCache
 from tokenwise.cache.base import CachePolicy, StoredTokens
-from tokenwise.cache.padding import at_places, given_places, in_front, note_padding, note_queries, take_padding
+from tokenwise.cache.padding import (
+    at_places,
+    given_places,
+    in_front,
+    note_padding,
+    note_queries,
+    refuse_padded_ends,
+    take_padding,
+)
 from tokenwise.cache.refusals import (
     expected_token_nbytes,
     narrows,
@@ -272,6 +280,9 @@ class EvictingCache(ListeningCache):
     @torch.no_grad()
     def _release(self) -> None:
         if self.get_seq_length():
+            shown = self._selective(self._places[0]).notes.get("shown")
+            if shown is not None:
+                refuse_padded_ends(shown)
             self._evict_from_all()
 
     def _changed(self, layer: SelectiveLayer) -> bool:
@@ -331,7 +342,7 @@ class EvictingCache(ListeningCache):
         again = self.second if self.second is not None and self.second.under_way else None
         reading = tokens > 1 or layer.seen == tokens or again is not None or self._holds(layer.seen - tokens)
         if reading and again is None:
-            note_padding(layer.notes, call, layer.seen)
+            note_padding(layer.notes, call, layer.seen, ends=not self._holds(layer.seen))
             self._note_given(index, layer)
         call.query = self._narrowed(layer, call.query)
         if isinstance(layer, RaggedLayer):
@@ -485,7 +496,9 @@ class EvictingCache(ListeningCache):
             # Padding between tokens goes to the front: what stands side by side may be scored together.
             layer = self._even(index)
             assert layer.positions is not None
-            layer.keep(in_front(layer.notes, layer.positions, layer.seen).argsort(dim=2, stable=True))
+            places = in_front(layer.notes, layer.positions, layer.seen)
+            places = places if layer.real is None else places.masked_fill(~layer.real, -1)
+            layer.keep(places.argsort(dim=2, stable=True))
             layer.rising = False
         scores = self._scores(index, layer, counts)
         if not (one and self._drops_one(index, layer, scores)):

@@ -18,8 +18,12 @@ from tokenwise.errors import InputError, Problem
 from tokenwise.models.tap import AttentionCall
 
 
-def seen_columns(call: AttentionCall) -> Tensor | None:
+def seen_columns(call: AttentionCall, ends: bool = True) -> Tensor | None:
     """The columns that the last query of each row sees, [batch, columns], bool; None where no mask hides any.
+
+    Args:
+        call: the attention of a prompt, or of a part of one.
+        ends: whether the prompt ends with it; else the padding in front of a row may go on in the next part.
 
     Raises:
         InputError: when rows are padded behind their tokens, or so that no mask tells which.
@@ -37,22 +41,29 @@ def seen_columns(call: AttentionCall) -> Tensor | None:
         return None
     last = call.mask[:, 0, -1]
     last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-    if not bool(last[:, -1].all()):
-        raise InputError(
-            Problem("attention_mask", "hides the last token of a row.", "Pad on the left: padding_side = 'left'.")
-        )
+    if ends:
+        refuse_padded_ends(last)
     return last.expand(call.query.shape[0], -1)
 
 
-def note_padding(notes: dict[str, Tensor], call: AttentionCall, seen: int) -> None:
+def refuse_padded_ends(shown: Tensor) -> None:
+    """Raise InputError where the last of the columns seen, [batch, columns], is padding behind tokens."""
+    if bool((~shown[:, -1] & shown.any(1)).any()):
+        raise InputError(
+            Problem("attention_mask", "hides the last token of a row.", "Pad on the left: padding_side = 'left'.")
+        )
+
+
+def note_padding(notes: dict[str, Tensor], call: AttentionCall, seen: int, ends: bool) -> None:
     """Note which of the columns seen are padding.
 
     Args:
         notes: of the layer.
         call: the attention of a prompt, or of a part of one.
         seen: columns so far.
+        ends: whether the prompt ends with it.
     """
-    last = seen_columns(call)
+    last = seen_columns(call, ends)
     notes.pop("places", None)
     if last is None:
         notes["pads"] = torch.zeros(call.query.shape[0], dtype=torch.long, device=call.query.device)
