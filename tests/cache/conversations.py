@@ -1,4 +1,4 @@
-"""Conversations of two rows whose turns have different lengths, and what each row is alone."""
+"""Conversations of two rows whose turns have different lengths, what each row is alone, and methods for them."""
 
 import contextlib
 
@@ -6,6 +6,27 @@ import torch
 from small_decoders import prompt
 
 import tokenwise as tw
+
+METHODS = {
+    "snap_kv": tw.SnapKV(queries=4),
+    "ada_kv": tw.AdaKV(queries=4),
+    "chunk_kv": tw.ChunkKV(queries=4, chunk=4),
+    "critical_kv": tw.CriticalKV(queries=4),
+    "h2o": tw.H2O(),
+    "keyformer": tw.Keyformer(),
+    "tova": tw.TOVA(),
+    "streaming_llm": tw.StreamingLLM(sink=1),
+    "sp_atten_cache": tw.SpAttenCache(),
+    "lag_kv": tw.LagKV(lag=4, sink=1),
+    "expected_attention": tw.ExpectedAttention(sink=1),
+    "observed_attention": tw.ObservedAttention(),
+    "k_norm": tw.KNorm(),
+    "key_diff": tw.KeyDiff(),
+    "pyramid_kv": tw.PyramidKV(queries=4),
+    "think": tw.ThinK(queries=4),
+    "kv_zip": tw.KVzip(sink=1, chunk=16),
+    "random": tw.cache.Random(),
+}
 
 
 def batch_of(turns):

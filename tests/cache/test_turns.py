@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conversations import METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_decoders import decoder, prompt
@@ -9,23 +10,6 @@ from small_decoders import decoder, prompt
 import tokenwise as tw
 
 MODELS = {kind: decoder(kind) for kind in ("llama", "gemma2")}
-METHODS = {
-    "snap_kv": tw.SnapKV(queries=4),
-    "ada_kv": tw.AdaKV(queries=4),
-    "chunk_kv": tw.ChunkKV(queries=4, chunk=4),
-    "critical_kv": tw.CriticalKV(queries=4),
-    "h2o": tw.H2O(),
-    "keyformer": tw.Keyformer(),
-    "tova": tw.TOVA(),
-    "streaming_llm": tw.StreamingLLM(sink=1),
-    "sp_atten_cache": tw.SpAttenCache(),
-    "lag_kv": tw.LagKV(lag=4, sink=1),
-    "expected_attention": tw.ExpectedAttention(sink=1),
-    "observed_attention": tw.ObservedAttention(),
-    "think": tw.ThinK(queries=4),
-    "kv_zip": tw.KVzip(sink=1, chunk=16),
-    "random": tw.cache.Random(),
-}
 KEEPS = st.sampled_from([0.03, 0.25, 0.37, 0.8, "9 tokens", "20 tokens", "9000 bytes"])
 PARTS = st.lists(st.sampled_from([1, 2, 5, 12, 17, 33]), min_size=1, max_size=4)
 
