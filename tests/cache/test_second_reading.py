@@ -41,7 +41,7 @@ def test_a_row_of_which_all_is_protected_waits(padded):
 
 
 def test_what_waits_follows_its_row():
-    model, method = decoder(), tw.KVzip(keep="20 tokens", **ASKED)
+    model, method = decoder().double(), tw.KVzip(keep="20 tokens", **ASKED)
     ids, mask, ends = batch_of(TURNS)
     swapped = torch.tensor([1, 0])
     with torch.no_grad(), tw.evict(model, method) as cache, tw.evict(model, method) as plain:
@@ -105,4 +105,4 @@ def test_a_look_that_breaks_off_leaves_the_prompt(masked, monkeypatch):
         model(ids, past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)
         expected = model(ids[:, :5], past_key_values=cache).logits
-    assert float((found - expected).abs().max()) < 1e-5
+    assert float((found - expected).abs().max()) < 1e-4

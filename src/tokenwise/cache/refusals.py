@@ -113,7 +113,7 @@ def expected_token_nbytes(model: nn.Module, attention: Any) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size, kind = weight.dtype.itemsize, weight.device.type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         size = min(size, torch.get_autocast_dtype(kind).itemsize)
     return int((width + (getattr(config, "v_head_dim", None) or width)) * heads * size)
 

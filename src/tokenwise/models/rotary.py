@@ -149,7 +149,8 @@ def find_rotaries(
         field, use, fix: as of `find_rotary`.
 
     Returns:
-        By the index of the layer; without any pairs where it does not turn its keys.
+        By the index of the layer; without any pairs where it does not turn its keys. As `find_rotary` for layers that
+        have no weights, on the device "meta".
 
     Raises:
         InputError: as `find_rotary`, or when a layer cannot be tried, or turns its keys otherwise than its rotary
@@ -162,6 +163,10 @@ def find_rotaries(
         if kind not in known:
             known[kind] = find_rotary(model, attention, field, use, fix), _embeddings(model, attention)[0][0]
         rotary, embedding = known[kind]
+        if _device(attention).type == "meta":
+            # Without weights nothing can be tried, and nothing turned.
+            found[index] = rotary
+            continue
         try:
             start, end = _moved_keys(model, attention, embedding)
             within = _CLOSE * start.norm()
