@@ -136,7 +136,7 @@ class StoredTokens:
         return found.unflatten(1, (call.key.shape[1], -1)).sum(2)
 
     def asking(self, call: AttentionCall) -> Tensor | None:
-        """Which queries of a call are no padding, [batch, queries], bool; None where none is."""
+        """Which queries of a call are no padding, [batch, queries], bool; None where all are known to be none."""
         from tokenwise.cache.padding import asking
 
         return asking(self.notes, self.seen, call.query.shape[2])

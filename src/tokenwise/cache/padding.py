@@ -110,7 +110,7 @@ def given_places(notes: dict[str, Tensor], seen: int) -> Tensor | None:
 
 
 def asking(notes: dict[str, Tensor], seen: int, tokens: int) -> Tensor | None:
-    """Which of the last tokens seen are no padding, [batch, tokens], bool; None where all rows are known to be none."""
+    """Which of the last tokens seen are no padding, [batch, tokens], bool; None where all are known to be none."""
     shown = notes.get("shown")
     return None if shown is None else pad(shown, (0, seen - shown.shape[1]), value=True)[:, -tokens:]
 
